@@ -1,0 +1,5 @@
+"""`python -m nemo_tsdkd` is the console script."""
+
+from nemo_tsdkd.cli import main
+
+main()

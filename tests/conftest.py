@@ -1,0 +1,10 @@
+"""Collects which import the ranks' fork server needs; see ranks.py."""
+
+import ranks
+
+MEGATRON_FOLDERS = {"megatron", "e2e"}
+
+
+def pytest_collection_modifyitems(items):
+    if any(MEGATRON_FOLDERS & set(item.path.parts) for item in items):
+        ranks.PRELOAD = ["torch", "nemo_tsdkd.model"]

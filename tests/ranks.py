@@ -1,0 +1,107 @@
+"""Run a function on N gloo ranks that share one import: `run_ranks(fn, 4, *args)`.
+
+Python's fork server imports the heavy stack once and forks every rank from there, so a rank costs a third of a
+second instead of fifteen, and no rank inherits autograd threads or a process group from pytest. The function is
+pickled by reference: it must live at module level of a test module. What each rank returns comes back as a list.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# conftest.py widens this to the Megatron stack when a collected test needs it.
+PRELOAD = ["torch", "nemo_tsdkd.objective"]
+_context: Any = None
+
+
+def fork_context() -> Any:
+    """The fork server's context, started with PRELOAD at its first use."""
+    global _context
+    if _context is None:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        mp.set_forkserver_preload(PRELOAD)
+        _context = mp.get_context("forkserver")
+    return _context
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _rank_main(fn: Callable[..., Any], rank: int, world_size: int, port: int, folder: str, args: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GROUP_RANK="0",
+        TORCHELASTIC_RUN_ID="tests",
+        TORCHELASTIC_RESTART_COUNT="0",
+        TORCHELASTIC_USE_AGENT_STORE="False",
+    )
+    log = os.open(f"{folder}/{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    code = 0
+    try:
+        dist.init_process_group("gloo")
+        result = fn(*args)
+        Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(result))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # skip atexit hooks of half the stack: the result is written
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
+    """Call `fn(*args)` on `world_size` ranks; return their results in rank order.
+
+    Raises AssertionError with the first failed rank's log when a rank fails or the time is up; every rank is
+    killed at the first failure, since the others would wait in a collective for ever.
+    """
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        port = free_port()
+        ranks = [
+            fork_context().Process(target=_rank_main, args=(fn, r, world_size, port, folder, args))
+            for r in range(world_size)
+        ]
+        for p in ranks:
+            p.start()
+        deadline = time.monotonic() + timeout
+        while any(p.is_alive() for p in ranks) and time.monotonic() < deadline:
+            if any(p.exitcode not in (None, 0) for p in ranks):
+                break
+            time.sleep(0.02)
+        late = [r for r, p in enumerate(ranks) if p.is_alive()]
+        for p in ranks:
+            p.kill()
+            p.join()
+        failed = [r for r, p in enumerate(ranks) if p.exitcode != 0 and r not in late] or late
+        if failed:
+            log = Path(folder, f"{failed[0]}.log")
+            text = log.read_text(errors="replace")[-6000:] if log.exists() else "(no log)"
+            why = "failed" if failed is not late else f"did not finish in {timeout:.0f} s"
+            raise AssertionError(f"rank {failed[0]} of {world_size} {why}:\n{text}")
+        return [pickle.loads(Path(folder, f"{r}.pkl").read_bytes()) for r in range(world_size)]
