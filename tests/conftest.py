@@ -2,9 +2,9 @@
 
 import ranks
 
-MEGATRON_FOLDERS = {"megatron", "e2e"}
+STACK_FOLDERS = {"stack", "e2e"}
 
 
 def pytest_collection_modifyitems(items):
-    if any(MEGATRON_FOLDERS & set(item.path.parts) for item in items):
+    if any(STACK_FOLDERS & set(item.path.parts) for item in items):
         ranks.PRELOAD = ["torch", "nemo_tsdkd.model"]
