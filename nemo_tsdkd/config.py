@@ -118,8 +118,9 @@ class PrecisionConfig:
 
 @dataclass
 class DataConfig:
-    path: str = "???"  # .jsonl, .parquet, or a hub data set name
-    split: str = "train"
+    path: str = "???"  # .jsonl or .parquet, a folder of them, or a hub data set name
+    subset: str | None = None  # of a hub data set
+    split: str = "train"  # of a hub data set
     prompt_column: str = "prompt"
     response_column: str = "response"
     seq_length: int = 2048  # prompt + response; longer prompts are dropped and counted

@@ -1,0 +1,264 @@
+"""Prompts and responses: read, checked, tokenized once at set-up, and put in a reproducible order."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from torch.utils.data import Dataset
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from nemo_tsdkd.config import DataConfig
+
+log = logging.getLogger(__name__)
+
+ENCODED = datasets.Features(
+    prompt_ids=datasets.Sequence(datasets.Value("int32")), response_ids=datasets.Sequence(datasets.Value("int32"))
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt as token ids. `response_ids` ends with EOS, or is empty where the data's response is not needed."""
+
+    index: int
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+
+def tokenizer_folder(path: str | Path) -> Path:
+    """The folder inside a Hugging Face or NeMo checkpoint folder that holds the tokenizer's files."""
+    nemo = Path(path, "context", "nemo_tokenizer")
+    return nemo if nemo.is_dir() else Path(path)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local checkpoint folder. No code from the folder is run. ValueError where it has none."""
+    folder = tokenizer_folder(path)
+    if not folder.is_dir():
+        raise ValueError(f"no checkpoint folder {str(folder)!r}: give the path of a local Hugging Face or NeMo folder.")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"{str(folder)!r} has no tokenizer that transformers can load ({reason}).") from e
+
+
+def eos_token_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> list[int]:
+    """Every id that ends a response: the tokenizer's EOS first, then those of `generation_config.json`."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {str(path)!r} has no EOS token: a response could never end. Set eos_token.")
+    ids = [tokenizer.eos_token_id]
+    folder = tokenizer_folder(path)
+    if (folder / "generation_config.json").exists():
+        extra = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+        ids += extra if isinstance(extra, list) else [extra]
+    return list(dict.fromkeys(i for i in ids if i is not None))
+
+
+def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError with the first difference in vocabulary, special ids or chat template.
+
+    The divergence compares the two models token id by token id; one shifted id would make it meaningless.
+    """
+    student_vocab, teacher_vocab = student.get_vocab(), teacher.get_vocab()
+    for token in sorted(student_vocab.keys() | teacher_vocab.keys()):
+        _same(f"the id of token {token!r}", student_vocab.get(token), teacher_vocab.get(token))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template"):
+        _same(name, getattr(student, name), getattr(teacher, name))
+
+
+def _same(what: str, student: Any, teacher: Any) -> None:
+    if student != teacher:
+        raise ValueError(
+            f"student and teacher answer to different tokenizers: {what} is {student!r:.80} for the student and "
+            f"{teacher!r:.80} for the teacher. Choose a pair from one model family, or copy one tokenizer to both."
+        )
+
+
+class PromptDataset(Dataset[Sample]):
+    """The usable rows of one data set in file order. `dropped` rows did not fit into `seq_length`."""
+
+    def __init__(self, rows: datasets.Dataset, dropped: int = 0) -> None:
+        self.rows = rows
+        self.dropped = dropped
+
+    @classmethod
+    def load(
+        cls, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, need_response: bool = False
+    ) -> PromptDataset:
+        """Read `config.path`, check every row and tokenize it.
+
+        A prompt longer than `seq_length - 1` leaves no room for a response token, and a response that needs more
+        than `seq_length` together with its prompt would lose its end: both are dropped and counted, never cut.
+
+        Raises:
+            ValueError: no such file or hub data set, a bad row (with file and line), a tokenizer without chat
+                template or EOS, or no usable row.
+        """
+        if config.apply_chat_template and tokenizer.chat_template is None:
+            raise ValueError(
+                "data.apply_chat_template = True: the tokenizer has no chat template. Set it to false for a base model."
+            )
+        if need_response and tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no EOS token: a response could never end. Set eos_token.")
+        encoded = datasets.concatenate_datasets(
+            [
+                rows.map(
+                    _encode,
+                    with_indices=True,
+                    fn_kwargs=dict(source=source, config=config, tokenizer=tokenizer, need_response=need_response),
+                    remove_columns=rows.column_names,
+                    features=ENCODED,
+                    desc=f"Tokenizing {source}",
+                )
+                for source, rows in _open(config)
+            ]
+        )
+        prompt = np.array([len(ids) for ids in encoded["prompt_ids"]], dtype=np.int64)
+        total = prompt + np.array([len(ids) for ids in encoded["response_ids"]], dtype=np.int64)
+        long_prompt = prompt > config.seq_length - 1
+        keep = np.flatnonzero(~long_prompt & (total <= config.seq_length))
+        dropped = len(encoded) - len(keep)
+        log.info(
+            "data: %d rows of %s; dropped %d whose prompt and %d whose response does not fit into seq_length %d",
+            *(len(encoded), config.path, long_prompt.sum(), dropped - long_prompt.sum(), config.seq_length),
+        )
+        if len(keep) == 0:
+            raise ValueError(
+                f"data.path = {config.path!r}: no usable row ({dropped} dropped for data.seq_length = "
+                f"{config.seq_length}). Give a file with rows, or a larger seq_length."
+            )
+        return cls(encoded.select(keep), dropped)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Sample:
+        row = self.rows[i]
+        return Sample(i, row["prompt_ids"], row["response_ids"])
+
+
+class EpochOrder(Dataset[Sample]):
+    """`total_samples` draws from `dataset`: each epoch is a new permutation of all its rows.
+
+    Draw `i` depends on `(seed, i)` alone, so a run resumes at `consumed_samples` on any layout.
+    `Sample.index` is `i`: unique over the whole run, hence a key for the sampler's noise.
+    """
+
+    def __init__(self, dataset: Dataset[Sample], total_samples: int, seed: int) -> None:
+        self.dataset = dataset
+        self.total_samples = total_samples
+        self.seed = seed
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.total_samples
+
+    def __getitem__(self, i: int) -> Sample:
+        if not 0 <= i < self.total_samples:
+            raise IndexError(i)
+        epoch, position = divmod(i, len(self.dataset))  # type: ignore[arg-type]
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))  # type: ignore[arg-type]
+        return replace(self.dataset[int(self._order[position])], index=i)
+
+
+def _open(config: DataConfig) -> list[tuple[str, datasets.Dataset]]:
+    """(name for messages, first `limit` rows) of each file of `data.path`, or of the hub data set."""
+    path = Path(config.path)
+    files = sorted(f for f in path.iterdir() if f.suffix in (".jsonl", ".parquet")) if path.is_dir() else [path]
+    if path.is_file() or path.is_dir():
+        parts = [(str(file), _read_file(file)) for file in files]
+    elif path.suffix in (".jsonl", ".parquet"):
+        raise ValueError(f"data.path = {config.path!r}: there is no such file. Give a .jsonl or .parquet file.")
+    else:
+        parts = [(config.path, _read_hub(config))]
+    if not parts:
+        raise ValueError(f"data.path = {config.path!r}: the folder holds no .jsonl or .parquet file.")
+    left = config.limit if config.limit is not None else sum(len(rows) for _, rows in parts)
+    taken = []
+    for source, rows in parts:
+        taken.append((source, rows.select(range(min(left, len(rows))))))
+        left -= len(taken[-1][1])
+    return taken
+
+
+def _read_file(path: Path) -> datasets.Dataset:
+    if path.suffix == ".parquet":
+        builder: dict[str, Any] = {"path": "parquet"}
+    elif path.suffix == ".jsonl":
+        # As text: `json` guesses types (a prompt that is a date becomes a timestamp) and forgets line numbers.
+        builder = {"path": "text", "features": datasets.Features(text=datasets.Value("string"))}
+    else:
+        raise ValueError(f"data.path = {str(path)!r}: a file must end in .jsonl or .parquet. Rename or convert it.")
+    try:
+        return datasets.load_dataset(**builder, data_files=str(path), split="train")
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as e:
+        raise ValueError(
+            f"data.path = {str(path)!r}: is empty or cannot be read as {path.suffix} ({e.__cause__ or e})."
+        ) from e
+
+
+def _read_hub(config: DataConfig) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(config.path, config.subset, split=config.split)
+    except (ConnectionError, FileNotFoundError) as e:
+        raise ValueError(
+            f"data.path = {config.path!r}: neither a local file nor a data set that the hub gives out ({e}). "
+            "Check the name, or download it first and give the .jsonl or .parquet file."
+        ) from e
+
+
+def _encode(
+    row: dict[str, Any],
+    index: int,
+    *,
+    source: str,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    need_response: bool,
+) -> dict[str, list[int]]:
+    is_json = source.endswith(".jsonl")
+    where = f"{source}, {'line' if is_json else 'row'} {index + 1}"
+    if is_json:
+        row = _parse_line(row["text"], where)
+    # Half of the public instruction data calls its prompts so.
+    column = "instruction" if config.prompt_column == "prompt" and "prompt" not in row else config.prompt_column
+    prompt = _text(row, column, where)
+    if config.apply_chat_template:
+        message = {"role": "user", "content": prompt}
+        prompt_ids = tokenizer.apply_chat_template([message], add_generation_prompt=True)
+    else:
+        prompt_ids = tokenizer(prompt)["input_ids"]
+    response_ids = []
+    if need_response:
+        response = _text(row, config.response_column, where)
+        response_ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return {"prompt_ids": prompt_ids, "response_ids": response_ids}
+
+
+def _parse_line(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{where}: not JSON ({e}). Each line must hold one JSON object.") from e
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: holds a {type(row).__name__}. Each line must hold one JSON object.")
+    return row
+
+
+def _text(row: dict[str, Any], column: str, where: str) -> str:
+    if column not in row:
+        raise ValueError(f"{where}: no column {column!r} among {sorted(row)}. Set data.prompt_column/response_column.")
+    value = row[column]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: {column} = {value!r:.80}: must be text and not empty. Correct or remove the row.")
+    return value

@@ -1,0 +1,268 @@
+"""Reading, checking, tokenizing and ordering of prompts; cutting sequences into micro-batches."""
+
+import json
+import logging
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from nemo_tsdkd.batch import make_micro_batches
+from nemo_tsdkd.config import DataConfig
+from nemo_tsdkd.data import EpochOrder, PromptDataset, Sample, check_same_tokenizer, eos_token_ids, load_tokenizer
+
+WORDS = ["<pad>", "<eos>", "<end>", "<unk>", "user:", "bot:", "one", "two", "three", "four"]
+TEMPLATE = "user: {{ messages[0]['content'] }} {% if add_generation_prompt %}bot:{% endif %}"
+EOS, UNK, USER, BOT, ONE, TWO, THREE = 1, 3, 4, 5, 6, 7, 8
+
+
+def make_tokenizer(words=WORDS, chat_template=TEMPLATE, **special):
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"} | special
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **special)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(path, *rows):
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+def load(path, tokenizer, need_response=False, **fields):
+    config = DataConfig(path=str(path), **{"seq_length": 64, **fields})
+    return PromptDataset.load(config, tokenizer, need_response=need_response)
+
+
+def test_template_eos_and_columns(tmp_path, tokenizer):
+    path = write(
+        tmp_path / "a.jsonl", {"prompt": "one", "response": "two"}, {"instruction": "three", "response": "one"}
+    )
+    assert list(load(path, tokenizer, need_response=True)) == [
+        Sample(0, [USER, ONE, BOT], [TWO, EOS]),
+        Sample(1, [USER, THREE, BOT], [ONE, EOS]),
+    ]
+    assert load(path, tokenizer)[0].response_ids == []
+    assert load(path, tokenizer, apply_chat_template=False)[0].prompt_ids == [ONE]
+
+
+def test_prompts_that_look_like_dates_stay_text(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", {"prompt": "2020-01-01"}, {"prompt": "one\u2028two"})
+    data = load(path, tokenizer, apply_chat_template=False)
+    assert [s.prompt_ids for s in data] == [[UNK], [ONE, TWO]]
+
+
+def test_parquet_and_folder_equal_jsonl(tmp_path, tokenizer):
+    rows = [{"prompt": w, "response": "one"} for w in ("one", "two", "three", "four")]
+    jsonl = write(tmp_path / "a.jsonl", *rows)
+    pd.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "shards").mkdir()
+    write(tmp_path / "shards" / "0.jsonl", *rows[:1])
+    write(tmp_path / "shards" / "1.jsonl", *rows[1:])
+    want = list(load(jsonl, tokenizer, need_response=True))
+    assert list(load(tmp_path / "a.parquet", tokenizer, need_response=True)) == want
+    assert list(load(tmp_path / "shards", tokenizer, need_response=True)) == want
+    assert list(load(tmp_path / "shards", tokenizer, need_response=True, limit=3)) == want[:3]
+
+
+def test_changed_file_is_read_anew(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", {"prompt": "one"})
+    assert len(load(path, tokenizer)) == 1
+    write(tmp_path / "a.jsonl", {"prompt": "one"}, {"prompt": "two"})
+    assert len(load(path, tokenizer)) == 2
+
+
+def test_what_does_not_fit_is_dropped_and_counted(tmp_path, tokenizer, caplog):
+    rows = [("one " * n, "two " * m) for n, m in ((7, 1), (8, 1), (6, 1), (2, 5), (2, 6))]
+    path = write(tmp_path / "a.jsonl", *({"prompt": p, "response": r} for p, r in rows))
+    fields = {"seq_length": 8, "apply_chat_template": False}
+    caplog.set_level(logging.INFO)
+    on_policy = load(path, tokenizer, **fields)
+    assert ([len(s.prompt_ids) for s in on_policy], on_policy.dropped) == ([7, 6, 2, 2], 1)
+    off_policy = load(path, tokenizer, need_response=True, **fields)
+    assert [(len(s.prompt_ids), len(s.response_ids)) for s in off_policy] == [(6, 2), (2, 6)]
+    assert off_policy.dropped == 3
+    assert "dropped 1 whose prompt and 2 whose response does not fit into seq_length 8" in caplog.text
+
+
+GOOD = {"prompt": "one", "response": "two"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ('{"prompt": ', "line 2: not JSON"),
+        ("", "line 2: not JSON"),
+        ("[1]", "line 2: holds a list"),
+        ({"question": "one"}, r"line 2: no column 'instruction' among \['question'\]"),
+        ({"prompt": 5, "response": "two"}, "line 2: prompt = 5: must be text"),
+        ({"prompt": None, "response": "two"}, "line 2: prompt = None"),
+        ({"prompt": "one", "response": " "}, "line 2: response = ' '"),
+        ({"prompt": "one"}, "line 2: no column 'response'"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, tokenizer, bad, message):
+    write(tmp_path / "bad.jsonl", GOOD, bad, GOOD)
+    with pytest.raises(ValueError, match=f"bad.jsonl, {message}"):
+        load(tmp_path / "bad.jsonl", tokenizer, need_response=True)
+
+
+def test_a_bad_parquet_row_is_named(tmp_path, tokenizer):
+    pd.DataFrame({"prompt": ["one", None]}).to_parquet(tmp_path / "bad.parquet")
+    with pytest.raises(ValueError, match=r"bad.parquet, row 2: prompt = None"):
+        load(tmp_path / "bad.parquet", tokenizer)
+
+
+def test_a_response_is_not_asked_for_on_policy(tmp_path, tokenizer):
+    assert len(load(write(tmp_path / "a.jsonl", {"prompt": "one"}), tokenizer)) == 1
+
+
+def test_unusable_sources(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    (tmp_path / "a.csv").write_text("prompt\none\n")
+    (tmp_path / "folder").mkdir()
+    pd.DataFrame({"prompt": []}).to_parquet(tmp_path / "empty.parquet")
+    for name, message in {
+        "empty.jsonl": "is empty or",
+        "empty.parquet": "is empty or",
+        "missing.jsonl": "there is no such file",
+        "latin.jsonl": ".* cannot be read as .jsonl .*utf-8",
+        "broken.parquet": ".* cannot be read as .parquet",
+        "a.csv": "must end in .jsonl or .parquet",
+        "folder": "the folder holds no",
+    }.items():
+        with pytest.raises(ValueError, match=rf"data.path = '.*{name}': {message}"):
+            load(tmp_path / name, tokenizer)
+    with pytest.raises(ValueError, match=r"data.path = 'nobody/nothing': neither a local file nor .* hub"):
+        load("nobody/nothing", tokenizer)
+    write(tmp_path / "long.jsonl", {"prompt": "one two three"})
+    with pytest.raises(ValueError, match=r"no usable row \(1 dropped for data.seq_length = 3\)"):
+        load(tmp_path / "long.jsonl", tokenizer, seq_length=3)
+
+
+def test_tokenizer_without_template_or_eos(tmp_path):
+    path = write(tmp_path / "a.jsonl", GOOD)
+    with pytest.raises(ValueError, match=r"apply_chat_template = True.*no chat template"):
+        load(path, make_tokenizer(chat_template=None))
+    with pytest.raises(ValueError, match="no EOS"):
+        load(path, make_tokenizer(eos_token=None), need_response=True)
+
+
+def test_eos_ids_of_a_saved_folder(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    check_same_tokenizer(loaded, tokenizer)
+    assert eos_token_ids(loaded, tmp_path) == [EOS]
+    GenerationConfig(eos_token_id=[2, EOS]).save_pretrained(tmp_path)
+    assert eos_token_ids(loaded, tmp_path) == [EOS, 2]
+    with pytest.raises(ValueError, match="no EOS token"):
+        eos_token_ids(make_tokenizer(eos_token=None), tmp_path)
+
+
+def test_nemo_folder_and_folders_without_tokenizer(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "nemo" / "context" / "nemo_tokenizer")
+    assert load_tokenizer(tmp_path / "nemo").get_vocab() == tokenizer.get_vocab()
+    with pytest.raises(ValueError, match="no checkpoint folder"):
+        load_tokenizer(tmp_path / "missing")
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "difference"),
+    [
+        (make_tokenizer([*WORDS[:6], "two", "one", *WORDS[8:]]), "the id of token 'one' is 6 .* and 7 for the teacher"),
+        (make_tokenizer([*WORDS, "five"]), "the id of token 'five' is None .* and 10"),
+        (make_tokenizer(eos_token="<end>"), "eos_token_id is 1 .* and 2"),
+        (make_tokenizer(chat_template="{{ messages }}"), "chat_template is"),
+    ],
+)
+def test_the_first_tokenizer_difference_is_named(tokenizer, teacher, difference):
+    with pytest.raises(ValueError, match=f"different tokenizers: {difference}"):
+        check_same_tokenizer(tokenizer, teacher)
+
+
+def numbered(n):
+    return [Sample(i, [i], []) for i in range(n)]
+
+
+def test_each_epoch_is_its_own_permutation():
+    draws = list(EpochOrder(numbered(7), 21, seed=3))
+    assert [s.index for s in draws] == list(range(21))
+    epochs = [[s.prompt_ids[0] for s in draws[i : i + 7]] for i in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_the_order_depends_on_seed_and_position_alone():
+    order = EpochOrder(numbered(5), 40, seed=3)
+    draws = [order[i] for i in range(40)]
+    resumed = EpochOrder(numbered(5), 40, seed=3)
+    assert [resumed[i] for i in reversed(range(40))] == draws[::-1]
+    assert [EpochOrder(numbered(5), 40, seed=4)[i] for i in range(40)] != draws
+    with pytest.raises(IndexError):
+        order[40]
+
+
+lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=12, max_size=12)
+
+
+@given(lengths, st.sampled_from([1, 2, 3, 4, 6]), st.sampled_from([1, 2, 8]), st.booleans(), st.randoms())
+def test_micro_batches_hold_every_sequence_once(lengths, micro_batch_size, multiple, same_length, random):
+    rows = [(Sample(i, [10 + i] * n, []), [50 + i] * m) for i, (n, m) in enumerate(lengths)]
+    options = {
+        "micro_batch_size": micro_batch_size,
+        "pad_id": 0,
+        "pad_to_multiple": multiple,
+        "same_length": same_length,
+    }
+    batches = make_micro_batches(*zip(*rows, strict=True), **options)
+    shuffled = random.sample(rows, len(rows))
+    for batch, again in zip(batches, make_micro_batches(*zip(*shuffled, strict=True), **options), strict=True):
+        assert all(torch.equal(batch[key], again[key]) for key in batch)
+    assert sorted(i for batch in batches for i in batch["sample_index"].tolist()) == list(range(12))
+    assert not same_length or len({batch["tokens"].shape for batch in batches}) == 1
+    for batch in batches:
+        width = batch["tokens"].shape[1]
+        assert width % multiple == 0
+        assert same_length or width - max(batch["lengths"]) < multiple
+        for b, i in enumerate(batch["sample_index"].tolist()):
+            sample, response = rows[i]
+            end = batch["lengths"][b]
+            assert batch["tokens"][b, :end].tolist() == sample.prompt_ids + response
+            assert not batch["tokens"][b, end:].any()
+            assert batch["position_ids"][b].tolist() == list(range(width))
+            predicted = batch["tokens"][b].roll(-1)[batch["response_mask"][b]]
+            assert predicted.tolist() == response
+
+
+def test_sorting_by_length_wastes_little_padding():
+    rows = [Sample(i, [1] * (1 + 37 * i % 64), []) for i in range(64)]
+    batches = make_micro_batches(rows, [[]] * 64, micro_batch_size=4, pad_id=0)
+    padding = sum(int(batch["tokens"].numel() - batch["lengths"].sum()) for batch in batches)
+    assert padding <= 3 * 2 * len(batches)  # lengths 1..64: rows of a micro-batch differ by 3, 2, 1 and 0 tokens
+    assert [batch["tokens"].shape[1] for batch in batches] == list(range(64, 0, -4))
+
+
+def test_a_batch_that_cannot_be_cut():
+    with pytest.raises(ValueError, match="3 samples with 3 responses cannot be cut into micro-batches of 2"):
+        make_micro_batches(numbered(3), [[], [], []], micro_batch_size=2, pad_id=0)
+    with pytest.raises(ValueError, match="3 samples with 2 responses"):
+        make_micro_batches(numbered(3), [[], []], micro_batch_size=1, pad_id=0)
