@@ -1,0 +1,90 @@
+"""Where this process stands among the ranks: read once, before anything initialises torch.distributed.
+
+torchrun's variables are taken as they are. Under `srun` the same variables are derived from Slurm's, so that one
+launch line serves every cluster and no rank needs torchrun. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from dataclasses import dataclass
+
+FIRST_PORT, PORTS = 15000, 10000  # below Linux's ephemeral range (32768-60999), so no outgoing connection holds one
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process's place: ranks count tasks over all nodes, `node` counts nodes; both start at 0."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    node: int
+    master_addr: str
+    master_port: int
+
+
+def hosts() -> list[str]:
+    """The job's node names in rank order; [this host] outside Slurm.
+
+    `scontrol` is missing inside most containers: the job script expands the list outside and exports `TSDKD_HOSTS`.
+
+    Raises:
+        ValueError: under Slurm with neither `TSDKD_HOSTS` nor `scontrol`.
+    """
+    if "TSDKD_HOSTS" in os.environ:
+        return os.environ["TSDKD_HOSTS"].split()
+    nodelist = os.environ.get("SLURM_STEP_NODELIST")
+    if nodelist is None:
+        return [socket.gethostname()]
+    if shutil.which("scontrol") is None:
+        raise ValueError(
+            f"SLURM_STEP_NODELIST = {nodelist!r}: cannot be expanded, scontrol is not on PATH. "
+            'Export TSDKD_HOSTS="$(scontrol show hostnames "$SLURM_JOB_NODELIST")" before srun.'
+        )
+    listing = subprocess.run(["scontrol", "show", "hostnames", nodelist], check=True, capture_output=True, text=True)
+    return listing.stdout.split()
+
+
+def environment() -> Launch:
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, GROUP_RANK, MASTER_ADDR and MASTER_PORT; return what they say.
+
+    Order of belief: torchrun's variables, then the Slurm step's, then a world of one. Call it once per process,
+    before torch.distributed or Lightning is set up.
+
+    Raises:
+        ValueError: as `hosts`.
+    """
+    env = os.environ
+    if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:  # SLURM_NTASKS is also set outside srun, where rank 0 waits
+        env.update(
+            RANK=env["SLURM_PROCID"],
+            LOCAL_RANK=env["SLURM_LOCALID"],
+            WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"],
+            GROUP_RANK=env["SLURM_NODEID"],
+            # Lightning's Slurm environment would answer SIGUSR1 with a checkpoint and a requeue of its own;
+            # this variable makes it choose the torchelastic one, which reads the variables above and nothing else.
+            TORCHELASTIC_RUN_ID=f"slurm-{env['SLURM_JOB_ID']}",
+        )
+        if "MASTER_ADDR" not in env:
+            env["MASTER_ADDR"] = hosts()[0]
+        env.setdefault("MASTER_PORT", str(FIRST_PORT + int(env["SLURM_JOB_ID"]) % PORTS))
+    elif "RANK" not in env:
+        env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    return Launch(
+        rank=int(env["RANK"]),
+        local_rank=int(env["LOCAL_RANK"]),
+        world_size=int(env["WORLD_SIZE"]),
+        node=int(env.get("GROUP_RANK", "0")),
+        master_addr=env["MASTER_ADDR"],
+        master_port=int(env["MASTER_PORT"]),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
