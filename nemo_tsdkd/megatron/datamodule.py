@@ -1,0 +1,54 @@
+"""Feeds samples to NeMo: Megatron's sampler gives each data-parallel rank its share and remembers what was consumed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from nemo.lightning.pytorch.plugins import MegatronDataSampler
+from torch.utils.data import DataLoader
+
+from nemo_tsdkd.config import TrainConfig
+from nemo_tsdkd.data import EpochOrder, PromptDataset, Sample
+
+
+def as_list(samples: list[Sample]) -> list[Sample]:
+    """Collate nothing: sequences are padded once their responses are known (`batch.py`)."""
+    return samples
+
+
+class SampleModule(pl.LightningDataModule):
+    """A LightningDataModule over `EpochOrder`; batches are lists of `Sample`."""
+
+    def __init__(self, dataset: PromptDataset, config: TrainConfig) -> None:
+        super().__init__()
+        self.dataset = dataset
+        self.config = config
+        self.seq_length = config.data.seq_length  # NeMo reads these three
+        self.micro_batch_size = config.micro_batch_size
+        self.global_batch_size = config.global_batch_size
+        self.data_sampler = MegatronDataSampler(
+            seq_len=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            global_batch_size=self.global_batch_size,
+            output_log=False,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        config = self.config
+        # Lightning counts a resumed run's steps from the start but measures the loader from where it resumes:
+        # twice the samples keep the epoch from ending early; max_steps ends the run.
+        total = 2 * config.max_steps * config.global_batch_size
+        return DataLoader(EpochOrder(self.dataset, total, config.seed), collate_fn=as_list)
+
+    def reconfigure_limit_batches(self) -> None:
+        """NeMo calls it to convert validation batches to micro-batches; there is no validation loop here."""
+
+    def state_dict(self) -> dict[str, Any]:
+        steps = self.trainer.global_step - self.data_sampler.init_global_step
+        return {"consumed_samples": self.data_sampler.compute_consumed_samples(steps)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.data_sampler.init_consumed_samples = state["consumed_samples"]
+        self.data_sampler.prev_consumed_samples = state["consumed_samples"]
+        self.data_sampler.if_first_step = 1

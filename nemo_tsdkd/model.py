@@ -1,0 +1,198 @@
+"""The NeMo model class: a trainable student and a frozen teacher, and the three acts of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+import nemo_tsdkd.megatron  # noqa: F401  first: the CPU stand-in, where there is no GPU
+from nemo.collections import llm
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+from nemo_tsdkd.batch import MicroBatch, make_micro_batches
+from nemo_tsdkd.checkpoint import load_weights
+from nemo_tsdkd.config import TrainConfig
+from nemo_tsdkd.data import Sample
+from nemo_tsdkd.megatron.generation import generate
+from nemo_tsdkd.megatron.gpt import (
+    attention_mask,
+    context_parallel_slice,
+    head_weight,
+    hidden_states_only,
+    unwrap,
+    vocab_parallel_logits,
+)
+from nemo_tsdkd.objective import ObjectiveOutput, tsdkd_loss, tsdkd_loss_from_hidden
+from nemo_tsdkd.rollout import Response, on_policy
+from nemo_tsdkd.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What both models share of the tokenizer. Columns from `size` on are padding and carry no probability."""
+
+    size: int
+    pad_id: int
+    eos_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """NeMo checkpoints of the initial student and of the teacher, and the teacher's configuration."""
+
+    student: Path
+    teacher: Path
+    teacher_config: llm.GPTConfig = field(repr=False)
+
+
+class TSDKDModel(llm.GPTModel):
+    """Student of a TSD-KD run. Only the student is a module; the teacher hangs beside it (`teacher.Teacher`).
+
+    Args:
+        config: NeMo GPT config of the student; the strategy sets its parallel sizes.
+        run: the whole training configuration.
+        checkpoints: where both models' weights come from.
+        vocabulary: true vocabulary size and special token ids.
+        optim: NeMo optimizer module.
+    """
+
+    def __init__(
+        self,
+        config: llm.GPTConfig,
+        run: TrainConfig,
+        checkpoints: Checkpoints,
+        vocabulary: Vocabulary,
+        optim: Any = None,
+    ) -> None:
+        super().__init__(config, optim=optim)
+        self.run = run
+        self.checkpoints = checkpoints
+        self.vocabulary = vocabulary
+        self._responses: list[Response] = []
+        self._loss_reduction = TSDKDLoss(self.loss)
+
+    def configure_model(self, vp_stage: int | None = None) -> None:
+        """Build this rank's shards of both models and read their weights; called by NeMo once the ranks have met."""
+        if hasattr(self, "module"):
+            return
+        super().configure_model(vp_stage)
+        if not self.trainer.ckpt_path:  # a resumed student comes from the run's own checkpoint
+            load_weights(self.module, self.checkpoints.student)
+        self.teacher = Teacher(self.checkpoints.teacher_config, self.checkpoints.teacher, self.run.teacher)
+
+    # Act one: the student writes, or the data speak.
+    def respond(self, samples: Sequence[Sample], step: int) -> list[Response]:
+        """Responses to this data-parallel rank's share of a global batch, equal on its TP x PP ranks.
+
+        With `rollout.reuse: n`, the answers of step `s` serve the steps up to `s + n - 1`.
+        """
+        rollout = self.run.rollout
+        first = step - step % rollout.reuse
+        if not on_policy(self.run.seed, first, rollout.lmbda):
+            return [Response(sample.response_ids, truncated=False) for sample in samples]
+        if step == first:
+            self._responses = generate(
+                unwrap(self.module),
+                [sample.prompt_ids for sample in samples],
+                config=rollout,
+                sample_ids=[sample.index for sample in samples],
+                seed=self.run.seed,
+                step=first,
+                eos_ids=set(self.vocabulary.eos_ids),
+                vocab_size=self.vocabulary.size,
+                max_length=self.run.data.seq_length,
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                pp_group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        return self._responses
+
+    # Act two: the teacher reads.
+    def read(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[MicroBatch]:
+        """Micro-batches of prompts and responses; on the last stage each carries the teacher's hidden states."""
+        micro_batches = make_micro_batches(
+            samples,
+            [response.token_ids for response in responses],
+            micro_batch_size=self.run.micro_batch_size,
+            pad_id=self.vocabulary.pad_id,
+            pad_to_multiple=self.run.parallel.pad_to_multiple,
+            device=torch.cuda.current_device(),
+        )
+        scale = len(micro_batches) / self._mean_sequences(micro_batches)
+        micro_batches = [context_parallel_slice(batch) for batch in micro_batches]
+        hidden = self.teacher.read(micro_batches)
+        for i, batch in enumerate(micro_batches):
+            batch["loss_scale"] = scale
+            batch["teacher_hidden"] = hidden[i] if hidden is not None else None
+        return micro_batches
+
+    def _mean_sequences(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """Sequences with a response in the global batch, per data-parallel rank: the loss is their mean, while
+        Megatron averages over micro-batches and data-parallel ranks, which may hold unequal numbers of them."""
+        count = torch.stack([batch["response_mask"].any(1).sum() for batch in micro_batches]).sum()
+        group = parallel_state.get_data_parallel_group()
+        dist.all_reduce(count, group=group)
+        if count == 0:
+            raise ValueError("no sequence of the global batch has a response token: nothing to learn from.")
+        return count.item() / group.size()
+
+    # Act three: the student is corrected. Megatron's schedule calls these for each micro-batch.
+    def data_step(self, micro_batches: Iterator[MicroBatch]) -> MicroBatch:
+        return next(micro_batches)
+
+    def forward_step(self, batch: MicroBatch) -> Tensor:
+        """This stage's output; on the last stage the student's final hidden states `[S (/TP), B, H]`."""
+        with hidden_states_only(self.module):
+            return self(batch["tokens"], batch["position_ids"], attention_mask(batch["tokens"]))
+
+    def loss(self, batch: MicroBatch, hidden: Tensor) -> ObjectiveOutput:
+        """The objective on one micro-batch, from the final hidden states of both models and their heads."""
+        student, config = unwrap(self.module), self.run.objective
+        teacher_hidden = self.teacher.dense(batch, batch["teacher_hidden"])
+        common: dict[str, Any] = {
+            "vocab_size": self.vocabulary.size,
+            "tp_group": parallel_state.get_tensor_model_parallel_group(),
+            "cp_group": parallel_state.get_context_parallel_group(),
+        }
+        mask = batch["response_mask"].t()
+        if config.head == "fused":
+            weight = head_weight(student)
+            return tsdkd_loss_from_hidden(
+                hidden.to(weight.dtype),
+                weight,
+                teacher_hidden,
+                self.teacher.head_weight,
+                mask,
+                config,
+                sequence_parallel=self.config.sequence_parallel,
+                **common,
+            )
+        with torch.no_grad():
+            teacher_logits = vocab_parallel_logits(self.teacher.module, teacher_hidden)
+        return tsdkd_loss(vocab_parallel_logits(student, hidden), teacher_logits, mask, config, **common)
+
+    @property
+    def training_loss_reduction(self) -> MegatronLossReduction:
+        return self._loss_reduction
+
+
+class TSDKDLoss(MegatronLossReduction):
+    """Hands the objective to Megatron's schedule and adds up what it reports."""
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self._loss = loss
+
+    def forward(self, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        out = self._loss(batch, hidden)
+        report = {"loss": out.loss_sum.detach().clone(), **out.sums}  # Megatron divides the loss in place
+        return out.loss_sum * batch["loss_scale"], report
+
+    def reduce(self, reports: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Sums over this rank's micro-batches of everything the objective reports."""
+        return {name: torch.stack([report[name] for report in reports]).sum(0) for name in reports[0]}
