@@ -145,7 +145,7 @@ def test_unusable_sources(tmp_path, tokenizer, monkeypatch):
         "missing.jsonl": "there is no such file",
         "latin.jsonl": ".* cannot be read as .jsonl .*utf-8",
         "broken.parquet": ".* cannot be read as .parquet",
-        "a.csv": "must end in .jsonl or .parquet",
+        "a.csv": "a file must end in .jsonl or .parquet",
         "folder": "the folder holds no",
     }.items():
         with pytest.raises(ValueError, match=rf"data.path = '.*{name}': {message}"):

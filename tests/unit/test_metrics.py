@@ -1,0 +1,111 @@
+"""Files of a run: strict, atomic, and the same after a resume as without an interruption."""
+
+import json
+import subprocess
+
+import pytest
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import nemo_tsdkd
+from nemo_tsdkd.config import DataConfig, ModelConfig, TeacherConfig, TrainConfig
+from nemo_tsdkd.metrics import PLOTS, REQUIRED, RunWriter, git_state, read_metrics, save_provenance
+
+
+def values(step):
+    return dict.fromkeys(REQUIRED, 1.0 / step)
+
+
+def write_steps(folder, steps, resume_step=0, summary=None):
+    writer = RunWriter(folder, 10, progress=False, resume_step=resume_step)
+    for step in steps:
+        writer.write(step, values(step))
+    if summary is not None:
+        writer.close(summary)
+    return writer
+
+
+def test_a_whole_run(tmp_path):
+    write_steps(tmp_path, range(1, 4), summary={"steps": 3})
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows == [{"step": step, **values(step)} for step in (1, 2, 3)]
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"steps": 3}
+    assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in PLOTS)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(s, pytest.approx(1 / s)) for s in (1, 2, 3)]
+
+
+def test_a_resumed_run_leaves_the_same_file(tmp_path):
+    write_steps(tmp_path / "whole", range(1, 9), summary={})
+    interrupted = write_steps(tmp_path / "resumed", range(1, 7))
+    interrupted._file.write('{"step": 7, "lo')  # killed inside a write
+    interrupted._file.flush()
+    write_steps(tmp_path / "resumed", range(5, 9), resume_step=4, summary={})
+    assert (tmp_path / "resumed/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    events = EventAccumulator(str(tmp_path / "resumed/tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss")] == list(range(1, 9))
+
+
+def test_a_new_run_in_an_old_folder_starts_over(tmp_path):
+    write_steps(tmp_path, range(1, 4))
+    write_steps(tmp_path, range(1, 2), summary={})
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_json_cannot_hold_is_an_error(tmp_path, value):
+    writer = RunWriter(tmp_path, 10, progress=False)
+    with pytest.raises(ValueError, match=r"step 2: grad_norm = (nan|inf): not finite"):
+        writer.write(2, values(2) | {"grad_norm": value})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        writer.close({"accuracy": value})
+    assert read_metrics(writer.path) == []
+
+
+def test_a_step_must_report_every_metric(tmp_path):
+    incomplete = {key: value for key, value in values(1).items() if key not in ("lr", "entropy")}
+    with pytest.raises(ValueError, match="step 1 reports no entropy, lr"):
+        RunWriter(tmp_path, 10, progress=False).write(1, incomplete)
+
+
+def test_progress_in_a_log_file_is_a_line_a_step(tmp_path, capsys):
+    writer = RunWriter(tmp_path, 1000, progress=True, resume_step=4)
+    writer.write(5, values(5) | {"tokens_per_s": 1234.4})
+    writer.close({})
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [line.split("ETA")[0].strip() for line in err.splitlines() if line.strip()] == [
+        "step 5/1000  loss 0.2000  1,234 tokens/s"
+    ]
+
+
+def test_provenance(tmp_path):
+    config = TrainConfig(
+        run_dir="r", student=ModelConfig("s"), teacher=TeacherConfig("t"), data=DataConfig(path="d", limit=3)
+    )
+    save_provenance(tmp_path, config)
+    saved = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(tmp_path / "config.yaml"))
+    assert OmegaConf.to_object(saved) == config
+    versions = json.loads((tmp_path / "versions.json").read_text())
+    assert versions["megatron-core"] == "0.15.3"
+    assert versions["nemo-tsdkd"] == nemo_tsdkd.__version__
+    assert versions["git"].keys() == {"revision", "dirty"}
+
+
+def test_git_state(tmp_path):
+    def git(*args):
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *args], cwd=tmp_path, check=True)
+
+    unknown = {"revision": "unknown", "dirty": "unknown"}
+    tracked, ignored = tmp_path / "a.py", tmp_path / "b.py"
+    tracked.touch()
+    ignored.touch()
+    assert git_state(tracked) == unknown
+    git("init", "-q")
+    git("add", "a.py")
+    git("commit", "-qm", "one")
+    clean = git_state(tracked)
+    assert len(clean["revision"]) == 40 and clean["dirty"] is False
+    tracked.write_text("changed")
+    assert git_state(tracked) == clean | {"dirty": True}
+    assert git_state(ignored) == unknown  # as a package in a virtual environment inside another checkout
