@@ -1,0 +1,152 @@
+"""Draws tokens from vocabulary-sharded logits: exact, without gathering the vocabulary, the same at any layout.
+
+A token is drawn by the Gumbel-max rule: `argmax_v (z_v / temperature + g_v)` with independent Gumbel noise `g_v` is a
+sample of the softmax. Each tensor-parallel rank takes the maximum of its own shard, so ranks exchange one pair
+(score, token) per sequence. The noise is a function of the counters (seed, step, sample, position, token) and not of
+a generator's state: neither the layout nor the batch a sequence happens to share changes what it says.
+
+Shapes: `B` sequences, `V_local` this rank's columns of the padded vocabulary. `tp_group=None` means not sharded.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+# SplitMix64 (Steele, Lea, Flood 2014), written as the signed integers torch computes with: products wrap around.
+_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+_ROOT = 0x6A09E667F3BCC908  # key of the empty counter
+_ON_POLICY = -1  # stands where a sample id would, and none is negative
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's own repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def fold(key: Tensor, counter: Tensor | int) -> Tensor:
+    """64 hashed bits of (key, counter), broadcast over both: a key for the next counter, or noise. All int64."""
+    x = key + (torch.as_tensor(counter, dtype=torch.int64, device=key.device) + 1) * _GAMMA
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def step_key(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
+    """The key (int64 scalar) below which all noise of one step lies."""
+    root = torch.tensor(_ROOT, dtype=torch.int64, device=device)
+    return fold(fold(root, seed), step)
+
+
+def uniform(bits: Tensor) -> Tensor:
+    """fp32 in (0, 1), fine-grained (2^-54) near 0, where the winners of Gumbel-max are decided."""
+    return ((_shift_right(bits, 11).float() + 0.5) * 2.0**-53).clamp_(max=1 - 2.0**-24)
+
+
+def gumbel(keys: Tensor, token_ids: Tensor) -> Tensor:
+    """Gumbel(0, 1) noise [B, N] fp32 for keys [B] and the token ids [N] or [B, N]."""
+    return -torch.log(-torch.log1p(-uniform(fold(keys[:, None], token_ids))))
+
+
+def on_policy(seed: int, step: int, lmbda: float) -> bool:
+    """Whether the student writes the batch of `step`: true with chance `lmbda`, the same on every rank and run."""
+    return uniform(fold(step_key(seed, step), _ON_POLICY)).item() < lmbda
+
+
+def _gather(x: Tensor, tp_group: ProcessGroup) -> list[Tensor]:
+    shards = [torch.empty_like(x) for _ in range(tp_group.size())]
+    dist.all_gather(shards, x.contiguous(), group=tp_group)
+    return shards
+
+
+def vocab_parallel_argmax(scores: Tensor, tp_group: ProcessGroup | None = None) -> Tensor:
+    """Token ids [B] of the largest scores [B, V_local]; ties go to the lower token id."""
+    best, token = scores.max(dim=-1)  # the first of equals
+    if tp_group is None:
+        return token
+    token = token + tp_group.rank() * scores.shape[-1]
+    pairs = torch.stack(_gather(torch.stack((best.double(), token.double())), tp_group))  # [TP, 2, B]
+    winner = pairs[:, 0].argmax(dim=0, keepdim=True)
+    return pairs[:, 1].gather(0, winner)[0].long()
+
+
+def keep_top_k(scores: Tensor, top_k: int, tp_group: ProcessGroup | None = None) -> Tensor:
+    """Scores [B, V_local] below the `top_k`-th largest of the whole vocabulary set to -inf; ties with it all stay."""
+    candidates = scores.topk(min(top_k, scores.shape[-1])).values
+    if tp_group is not None:
+        candidates = torch.cat(_gather(candidates, tp_group), dim=-1)
+    threshold = candidates.topk(min(top_k, candidates.shape[-1])).values[:, -1:]
+    return scores.masked_fill(scores < threshold, -torch.inf)
+
+
+def keep_top_p(scores: Tensor, top_p: float, tp_group: ProcessGroup | None = None) -> Tensor:
+    """The nucleus: a token stays if all strictly likelier ones together hold less than `top_p`, else it is -inf.
+
+    The threshold is found by radix selection on the scores' 32 bits: four rounds each sum the probability in 256
+    buckets and descend into the one where the mass, counted from the top, passes `top_p`. Ranks exchange
+    [B, 256] sums, whatever the size of the nucleus.
+    """
+    peak = scores.max(dim=-1, keepdim=True).values
+    if tp_group is not None:
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=tp_group)
+    mass = (scores - peak).exp().double()
+    bits = (scores.float() + 0.0).view(torch.int32).long()  # + 0.0: -0.0 and 0.0 are one score
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + 2**31  # unsigned, in the scores' order
+    prefix = torch.zeros_like(order[:, :1])
+    above = torch.zeros_like(mass[:, :1])  # mass of the tokens above the bucket descended into
+    target = None
+    for shift in (24, 16, 8, 0):
+        inside = mass.masked_fill(order >> (shift + 8) != prefix, 0.0)
+        buckets = mass.new_zeros(mass.shape[0], 256).scatter_add_(1, (order >> shift) & 255, inside)
+        if tp_group is not None:
+            dist.all_reduce(buckets, group=tp_group)
+        if target is None:
+            target = top_p * buckets.sum(dim=-1, keepdim=True)
+        over = above + buckets.flip(-1).cumsum(-1).flip(-1) - buckets  # mass over each bucket, falling from 0 to 255
+        digit = (over >= target).sum(dim=-1, keepdim=True).clamp_(max=255)
+        above = over.gather(1, digit)
+        prefix = (prefix << 8) | digit
+    return scores.masked_fill(order < prefix, -torch.inf)
+
+
+@torch.no_grad()
+def sample(
+    logits: Tensor,
+    keys: Tensor,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    vocab_size: int,
+    tp_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Draw one token per sequence from vocab-parallel logits; every rank of `tp_group` gets the same tokens.
+
+    Args:
+        logits: [B, V_local], columns `rank * V_local` onwards of the padded vocabulary, any float dtype.
+        keys: [B] int64, one per (sequence, position), from `fold`.
+        temperature: divides the logits; 0 takes the largest logit, ties to the lower token id.
+        top_k: keep the k largest logits (0: all). Applied before `top_p`, as Hugging Face's generate does.
+        top_p: keep the likeliest tokens up to this mass (1: all).
+        vocab_size: columns from here on are padding and never drawn.
+
+    Returns:
+        Token ids [B], int64.
+    """
+    scores = logits.float()
+    first = 0 if tp_group is None else tp_group.rank() * scores.shape[-1]
+    token_ids = torch.arange(first, first + scores.shape[-1], device=scores.device)
+    if first + scores.shape[-1] > vocab_size:
+        scores = scores.masked_fill(token_ids >= vocab_size, -torch.inf)
+    if temperature == 0:
+        return vocab_parallel_argmax(scores, tp_group)
+    scores = scores / temperature
+    if 0 < top_k < vocab_size:
+        scores = keep_top_k(scores, top_k, tp_group)
+    if top_p < 1:
+        scores = keep_top_p(scores, top_p, tp_group)
+    return vocab_parallel_argmax(scores + gumbel(keys, token_ids), tp_group)
