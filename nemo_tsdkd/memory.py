@@ -1,0 +1,145 @@
+"""Memory per GPU of a layout, by arithmetic: can this pair of models train on these GPUs?
+
+docs/cluster.md derives each line. The figures are lower bounds of what a run needs (CUDA context, NCCL buffers and
+fragmentation come on top: RESERVE), good for choosing a layout before a queue's night is spent on it. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_tsdkd.config import TrainConfig
+
+GIB = 2**30
+RESERVE = 6 * GIB  # CUDA context, NCCL and cuBLAS work space, fragmentation
+BYTES_PARAM, BYTES_GRAD, BYTES_OPTIMIZER = 2, 4, 12  # bf16; fp32; fp32 master weight and two Adam moments
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Dimensions of a Qwen2-like decoder (RMS norm, gated MLP, grouped-query attention with QKV bias)."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+    tied: bool = False  # the head is the embedding
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def layer_params(self) -> int:
+        """Parameters of one decoder layer."""
+        qkv = (self.hidden + 1) * (self.hidden + 2 * self.kv_width)
+        return qkv + self.hidden**2 + 3 * self.hidden * self.ffn + 2 * self.hidden
+
+    def padded_vocab(self, tp: int) -> int:
+        """Megatron's vocabulary: a multiple of 128 on every tensor-parallel rank."""
+        return -(-self.vocab // (128 * tp)) * 128 * tp
+
+    def params_per_gpu(self, tp: int, pp: int) -> int:
+        """Parameters of the fullest pipeline stage on one tensor-parallel rank (norms and biases counted as split)."""
+        table = self.padded_vocab(tp) * self.hidden
+        tables = 2 * table if pp == 1 and not self.tied else table  # PP > 1: the embedding or the head, not both
+        return (self.layers // pp * self.layer_params + tables) // tp
+
+    @classmethod
+    def of_folder(cls, folder: str | Path) -> ModelShape:
+        """The shape written in a Hugging Face folder's config.json.
+
+        Raises:
+            ValueError: no such file, or no such dimension in it.
+        """
+        path = Path(folder, "config.json")
+        try:
+            c = json.loads(path.read_text())
+            return cls(
+                layers=c["num_hidden_layers"],
+                hidden=c["hidden_size"],
+                heads=c["num_attention_heads"],
+                kv_heads=c["num_key_value_heads"],
+                ffn=c["intermediate_size"],
+                vocab=c["vocab_size"],
+                tied=c.get("tie_word_embeddings", False),
+            )
+        except (OSError, json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{path}: no model dimensions ({error!r}). Point at a Hugging Face folder.") from None
+
+
+QWEN2_5 = {
+    "1.5B": ModelShape(28, 1536, 12, 2, 8960, 151936, tied=True),
+    "7B": ModelShape(28, 3584, 28, 4, 18944, 152064),
+    "14B": ModelShape(48, 5120, 40, 8, 13824, 152064),
+    "32B": ModelShape(64, 5120, 40, 8, 27648, 152064),
+    "72B": ModelShape(80, 8192, 64, 8, 29568, 152064),
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest GPU, by what holds them."""
+
+    student_weights_and_grads: int
+    student_optimizer: int
+    teacher_weights: int
+    activations: int
+    loss: int
+    teacher_hidden: int
+    kv_cache: int
+
+    @property
+    def peak(self) -> int:
+        """Rollout and update do not overlap: the KV cache and the update's tensors share the same room."""
+        resident = self.student_weights_and_grads + self.student_optimizer + self.teacher_weights
+        return resident + max(self.activations + self.loss + self.teacher_hidden, self.kv_cache) + RESERVE
+
+
+def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Memory:
+    """Memory on the fullest GPU for `config`'s layout.
+
+    Activations follow Korthikanti et al., 2022 (arXiv 2205.05198) with selective recompute (no score matrix is kept):
+    recounted for grouped-query attention and a gated MLP. The first stage of a 1F1B pipeline holds PP micro-batches.
+    """
+    p = config.parallel
+    tp, pp, cp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size
+    params = student.params_per_gpu(tp, pp)
+    tokens = config.data.seq_length * config.micro_batch_size // cp
+    micro_batches = config.global_batch_size // (config.micro_batch_size * config.data_parallel_size)
+    in_flight = min(pp, micro_batches)
+
+    # What a layer's backward pass reads, in bf16 elements a token. Always split over TP: q, k, v, the attention's
+    # output; the MLP's halves and their product. Split by sequence parallelism only: inputs and outputs of two norms.
+    split = 2 * student.hidden + 2 * student.kv_width + 3 * student.ffn
+    whole = 4 * student.hidden
+    layer = 2 * tokens * (split // tp + whole // (tp if p.sequence_parallel else 1))
+    activations = student.layers // pp * in_flight * layer
+
+    columns = student.padded_vocab(tp) // tp
+    chunk = min(tokens, config.objective.chunk_tokens)
+    loss = chunk * columns * (2 * 2 + 4 * 4)  # bf16 logits of both models; four fp32 tensors while the loss is taken
+    if config.objective.head == "logits":
+        loss += 3 * 2 * tokens * columns  # bf16 logits of both models and the student's gradient, whole
+    hidden = 2 * tokens * teacher.hidden // (tp if p.sequence_parallel else 1)
+    teacher_hidden = hidden * micro_batches if config.teacher.offload == "none" else hidden
+
+    longest = config.data.seq_length * config.rollout.batch_size
+    kv_cache = 2 * 2 * longest * student.kv_width * (student.layers // pp) // tp if config.rollout.lmbda > 0 else 0
+    return Memory(
+        student_weights_and_grads=params * (BYTES_PARAM + BYTES_GRAD),
+        student_optimizer=params * BYTES_OPTIMIZER // (config.data_parallel_size * cp),
+        teacher_weights=0 if config.teacher.park else teacher.params_per_gpu(tp, pp) * BYTES_PARAM,
+        activations=activations,
+        loss=loss,
+        teacher_hidden=teacher_hidden,
+        kv_cache=kv_cache,
+    )

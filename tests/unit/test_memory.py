@@ -1,0 +1,87 @@
+"""The memory arithmetic behind the production layouts."""
+
+import json
+
+import pytest
+
+from nemo_tsdkd.config import TrainConfig
+from nemo_tsdkd.memory import QWEN2_5, ModelShape, per_gpu
+
+
+def config(tp=1, pp=1, nodes=1, gpus=8, **fields):
+    c = TrainConfig(**fields)
+    c.parallel.tensor_model_parallel_size, c.parallel.pipeline_model_parallel_size = tp, pp
+    c.parallel.num_nodes, c.parallel.gpus_per_node = nodes, gpus
+    c.parallel.sequence_parallel = tp > 1
+    return c
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),  # parameter counts of the safetensors files on the hub
+    [
+        ("1.5B", 1_543_714_304),
+        ("7B", 7_615_616_512),
+        ("14B", 14_770_033_664),
+        ("32B", 32_763_876_352),
+        ("72B", 72_706_203_648),
+    ],
+)
+def test_parameters_are_the_published_ones(name, published):
+    shape = QWEN2_5[name]
+    final_norm = shape.hidden
+    assert shape.params_per_gpu(tp=1, pp=1) + final_norm == published
+
+
+def test_tensor_parallel_vocabulary_is_padded_as_megatron_pads_it():
+    assert QWEN2_5["1.5B"].padded_vocab(1) == 151936
+    assert QWEN2_5["1.5B"].padded_vocab(2) == 152064
+    assert QWEN2_5["14B"].padded_vocab(8) == 152576
+
+
+def test_adding_data_parallel_ranks_shrinks_the_optimizer_alone():
+    one, two = (per_gpu(config(8, nodes=n), QWEN2_5["14B"], QWEN2_5["72B"]) for n in (1, 2))
+    assert two.student_optimizer == pytest.approx(one.student_optimizer / 2, rel=1e-6)
+    assert (two.student_weights_and_grads, two.teacher_weights) == (one.student_weights_and_grads, one.teacher_weights)
+
+
+def test_a_pipeline_halves_the_weights_and_not_the_activations():
+    flat, piped = (per_gpu(config(4, pp, gpus=8), QWEN2_5["7B"], QWEN2_5["32B"]) for pp in (1, 2))
+    assert piped.teacher_weights == pytest.approx(flat.teacher_weights / 2, rel=0.05)
+    assert piped.activations == flat.activations  # half the layers, two micro-batches in flight
+
+
+def test_sequence_parallelism_fused_head_parking_and_offloading_each_save_memory():
+    base = config(4)
+    base.parallel.sequence_parallel = False
+    plain = per_gpu(base, QWEN2_5["7B"], QWEN2_5["32B"])
+    base.parallel.sequence_parallel = True
+    base.objective.head, base.teacher.park, base.teacher.offload = "fused", True, "cpu"
+    saving = per_gpu(base, QWEN2_5["7B"], QWEN2_5["32B"])
+    assert saving.activations < plain.activations and saving.loss < plain.loss
+    assert saving.teacher_weights == 0 and saving.teacher_hidden < plain.teacher_hidden
+
+
+def test_rollouts_and_updates_share_their_room():
+    c = config(8)
+    m = per_gpu(c, QWEN2_5["14B"], QWEN2_5["72B"])
+    c.rollout.lmbda = 0.0
+    offline = per_gpu(c, QWEN2_5["14B"], QWEN2_5["72B"])
+    assert m.kv_cache > 0 and offline.kv_cache == 0
+    assert offline.peak <= m.peak < offline.peak + m.kv_cache
+
+
+def test_shape_of_a_hugging_face_folder(tmp_path):
+    fields = {
+        "num_hidden_layers": 28,
+        "hidden_size": 1536,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8960,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert ModelShape.of_folder(tmp_path) == QWEN2_5["1.5B"]
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 1}))
+    with pytest.raises(ValueError, match="num_hidden_layers"):
+        ModelShape.of_folder(tmp_path)
