@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from nemo_tsdkd.config import DataConfig
+from nemo_tsdkd.folders import HF_ASSETS
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,8 @@ class Sample:
 
 def tokenizer_folder(path: str | Path) -> Path:
     """The folder inside a Hugging Face or NeMo checkpoint folder that holds the tokenizer's files."""
-    nemo = Path(path, "context", "nemo_tokenizer")
-    return nemo if nemo.is_dir() else Path(path)
+    inside = [Path(path, HF_ASSETS), Path(path, "context", "nemo_tokenizer")]  # of our import; of NeMo's own
+    return next((folder for folder in inside if folder.is_dir()), Path(path))
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -45,7 +46,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        reason = str(e).splitlines()[0]
+        reason = f"{str(e).splitlines()[0]:.120}"  # transformers lists every model type it knows
         raise ValueError(f"{str(folder)!r} has no tokenizer that transformers can load ({reason}).") from e
 
 
