@@ -28,7 +28,6 @@ def make_micro_batches(
     micro_batch_size: int,
     pad_id: int,
     pad_to_multiple: int = 1,
-    same_length: bool = False,
     device: torch.device | str = "cpu",
 ) -> list[MicroBatch]:
     """Cut the sequences `prompt + response` into micro-batches of rows of about the same length.
@@ -42,7 +41,6 @@ def make_micro_batches(
         micro_batch_size: rows of a micro-batch; divides `len(samples)`.
         pad_id: token that fills a row; right of every real token, so causal attention never sees it.
         pad_to_multiple: S is a multiple of it (TP with sequence parallelism, 2 x CP, FP8's tile).
-        same_length: pad all micro-batches to one S, as interleaved pipelines exchange buffers of one shape.
         device: where the tensors live.
 
     Raises:
@@ -58,14 +56,14 @@ def make_micro_batches(
         key=lambda row: (-len(row[0].prompt_ids) - len(row[1]), row[0].index),
     )
     chunks = [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
-    longest = [len(chunk[0][0].prompt_ids) + len(chunk[0][1]) for chunk in chunks]
-    widths = [-(-(longest[0] if same_length else n) // pad_to_multiple) * pad_to_multiple for n in longest]
-    return [_pad(chunk, width, pad_id, device) for chunk, width in zip(chunks, widths, strict=True)]
+    return [_pad(chunk, pad_to_multiple, pad_id, device) for chunk in chunks]
 
 
 def _pad(
-    rows: Sequence[tuple[Sample, Sequence[int]]], width: int, pad_id: int, device: torch.device | str
+    rows: Sequence[tuple[Sample, Sequence[int]]], multiple: int, pad_id: int, device: torch.device | str
 ) -> MicroBatch:
+    longest = len(rows[0][0].prompt_ids) + len(rows[0][1])
+    width = -(-longest // multiple) * multiple
     tokens = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     lengths = torch.zeros(len(rows), dtype=torch.int64)

@@ -7,12 +7,14 @@ submission can be checked on the login node.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 PRESETS = ("paper", "reference", "gkd", "forward_kl", "reverse_kl")
 HEADS = ("logits", "fused")
+OFFLOADS = ("none", "cpu")
+MISSING = "???"  # a field the user must set
 
 
 def _require(ok: bool, name: str, value: Any, rule: str, fix: str) -> None:
@@ -84,7 +86,7 @@ class ObjectiveConfig:
 class ModelConfig:
     """One model: a local Hugging Face folder (safetensors) or a NeMo checkpoint folder."""
 
-    path: str = "???"
+    path: str = MISSING
 
 
 @dataclass
@@ -94,6 +96,10 @@ class TeacherConfig(ModelConfig):
     park: bool = False  # hold the teacher's weights on the host between passes
     precision: str = "bf16"  # bf16 | fp32 | fp8_tensorwise | fp8_blockwise
 
+    def validate(self) -> None:
+        _positive(self, "teacher", "micro_batch_size")
+        _in("teacher.offload", self.offload, OFFLOADS)
+
 
 @dataclass
 class ParallelConfig:
@@ -101,11 +107,43 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
     sequence_parallel: bool = False
     num_nodes: int = 1
     gpus_per_node: int = 1  # ranks on a node; processes where there is no GPU
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that share one replica of the student."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def pad_to_multiple(self) -> int:
+        """What a padded row's length must be a multiple of, so that SP and CP (in zig-zag halves) cut it evenly."""
+        sp = self.tensor_model_parallel_size if self.sequence_parallel else 1
+        return sp * (2 * self.context_parallel_size if self.context_parallel_size > 1 else 1)
+
+    def validate(self) -> None:
+        tp, pp = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+        _positive(self, "parallel", tp, pp, "context_parallel_size", "num_nodes", "gpus_per_node")
+        _require(
+            self.world_size % self.model_parallel_size == 0,
+            "parallel.num_nodes x parallel.gpus_per_node",
+            self.world_size,
+            f"must be a multiple of TP x PP x CP = {self.model_parallel_size}",
+            "Give more ranks or lower one of the parallel sizes.",
+        )
+        _require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "parallel.sequence_parallel",
+            self.sequence_parallel,
+            f"needs parallel.{tp} > 1",
+            "Turn it off.",
+        )
 
 
 @dataclass
@@ -118,7 +156,7 @@ class PrecisionConfig:
 
 @dataclass
 class DataConfig:
-    path: str = "???"  # .jsonl or .parquet, a folder of them, or a hub data set name
+    path: str = MISSING  # .jsonl or .parquet, a folder of them, or a hub data set name
     subset: str | None = None  # of a hub data set
     split: str = "train"  # of a hub data set
     prompt_column: str = "prompt"
@@ -127,6 +165,13 @@ class DataConfig:
     apply_chat_template: bool = True
     limit: int | None = None  # read the first `limit` rows only
 
+    def validate(self) -> None:
+        _require(
+            self.seq_length > 1, "data.seq_length", self.seq_length, "must hold a prompt and a response", "Raise it."
+        )
+        if self.limit is not None:
+            _positive(self, "data", "limit")
+
 
 @dataclass
 class RolloutConfig:
@@ -134,11 +179,16 @@ class RolloutConfig:
 
     lmbda: float = 1.0
     max_new_tokens: int = 1024
-    temperature: float = 1.0
+    temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
     batch_size: int = 64  # sequences decoded at once on a data-parallel rank
     reuse: int = 1  # optimizer steps on one set of rollouts
+
+    def validate(self) -> None:
+        _share(self, "rollout", "lmbda", "top_p")
+        _positive(self, "rollout", "max_new_tokens", "top_p", "batch_size", "reuse")
+        _not_negative(self, "rollout", "temperature", "top_k")
 
 
 @dataclass
@@ -149,7 +199,15 @@ class OptimConfig:
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
-    clip_grad: float = 1.0
+    clip_grad: float = 1.0  # largest norm of the gradient; 0: not clipped
+
+    def validate(self) -> None:
+        _positive(self, "optim", "lr")
+        _not_negative(self, "optim", "min_lr", "warmup_steps", "weight_decay", "clip_grad")
+        _share(self, "optim", "adam_beta1", "adam_beta2")
+        _require(
+            self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"must not exceed optim.lr = {self.lr}", "Lower it."
+        )
 
 
 @dataclass
@@ -159,12 +217,16 @@ class CheckpointConfig:
     keep_every: int = 0  # besides these, one each so many steps is kept for good; 0: none
     async_save: bool = False
 
+    def validate(self) -> None:
+        _positive(self, "checkpoint", "every_n_steps", "keep_last")
+        _not_negative(self, "checkpoint", "keep_every")
+
 
 @dataclass
 class TrainConfig:
     """The root of `nemo-tsdkd train`."""
 
-    run_dir: str = "???"
+    run_dir: str = MISSING
     max_steps: int = 1000
     global_batch_size: int = 64
     micro_batch_size: int = 1
@@ -182,12 +244,53 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property
-    def world_size(self) -> int:
-        return self.parallel.num_nodes * self.parallel.gpus_per_node
-
-    @property
     def data_parallel_size(self) -> int:
-        p = self.parallel
-        return self.world_size // (
-            p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
+        return self.parallel.world_size // self.parallel.model_parallel_size
+
+    def validate(self) -> None:
+        """Raise ValueError on the first field that breaks its rule or a rule between fields. Reads no file.
+
+        Not here: selection rules (their registry), precisions (`precision.py`), what the models allow (`check.py`).
+        """
+        missing = list(_missing(self))
+        _require(not missing, ", ".join(missing), MISSING, "must be set", "Give it in the config or as key=value.")
+        _positive(self, "config", "max_steps", "global_batch_size", "micro_batch_size", "log_every_n_steps")
+        _not_negative(self, "config", "seed")
+        parts = (self.teacher, self.objective, self.data, self.rollout, self.parallel, self.optim, self.checkpoint)
+        for part in parts:
+            part.validate()
+        self._validate_batch()
+        _require(
+            self.optim.warmup_steps < self.max_steps,
+            "optim.warmup_steps",
+            self.optim.warmup_steps,
+            f"must be fewer than max_steps = {self.max_steps}",
+            "Lower it.",
         )
+        _require(
+            self.rollout.lmbda == 0 or self.rollout.max_new_tokens < self.data.seq_length,
+            "rollout.max_new_tokens",
+            self.rollout.max_new_tokens,
+            f"must be fewer than data.seq_length = {self.data.seq_length}, which also holds the prompt",
+            "Lower it or raise data.seq_length.",
+        )
+
+    def _validate_batch(self) -> None:
+        rows = self.micro_batch_size * self.data_parallel_size
+        _require(
+            self.global_batch_size % rows == 0,
+            "global_batch_size",
+            self.global_batch_size,
+            f"must be a multiple of micro_batch_size x DP = {self.micro_batch_size} x {self.data_parallel_size}",
+            f"Use {-(-self.global_batch_size // rows) * rows}.",
+        )
+
+
+def _missing(node: Any, prefix: str = "") -> Iterator[str]:
+    """Names of the fields that still hold MISSING."""
+    for f in fields(node):
+        value = getattr(node, f.name)
+        if is_dataclass(value):
+            yield from _missing(value, f"{prefix}{f.name}.")
+        elif value == MISSING:
+            yield prefix + f.name
