@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,8 +28,9 @@ from nemo_tsdkd.megatron.gpt import (
     unwrap,
     vocab_parallel_logits,
 )
-from nemo_tsdkd.objective import ObjectiveOutput, tsdkd_loss, tsdkd_loss_from_hidden
-from nemo_tsdkd.rollout import Response, on_policy
+from nemo_tsdkd.objective import ObjectiveOutput, tsdkd_loss
+from nemo_tsdkd.rollout import Response
+from nemo_tsdkd.sampling import on_policy
 from nemo_tsdkd.teacher import Teacher
 
 
@@ -49,6 +50,14 @@ class Checkpoints:
     student: Path
     teacher: Path
     teacher_config: llm.GPTConfig = field(repr=False)
+
+
+class DistillationBatch(NamedTuple):
+    """What act three corrects: one micro-batch, read by the teacher."""
+
+    micro_batch: MicroBatch
+    teacher_hidden: list[Tensor] | None  # `Teacher.read`; on the last pipeline stage only
+    loss_scale: float  # turns the sum over this micro-batch's sequences into Megatron's share of the global mean
 
 
 class TSDKDModel(llm.GPTModel):
@@ -113,8 +122,8 @@ class TSDKDModel(llm.GPTModel):
         return self._responses
 
     # Act two: the teacher reads.
-    def read(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[MicroBatch]:
-        """Micro-batches of prompts and responses; on the last stage each carries the teacher's hidden states."""
+    def read(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[DistillationBatch]:
+        """Micro-batches of prompts and responses; on the last stage each comes with the teacher's hidden states."""
         micro_batches = make_micro_batches(
             samples,
             [response.token_ids for response in responses],
@@ -125,11 +134,8 @@ class TSDKDModel(llm.GPTModel):
         )
         scale = len(micro_batches) / self._mean_sequences(micro_batches)
         micro_batches = [context_parallel_slice(batch) for batch in micro_batches]
-        hidden = self.teacher.read(micro_batches)
-        for i, batch in enumerate(micro_batches):
-            batch["loss_scale"] = scale
-            batch["teacher_hidden"] = hidden[i] if hidden is not None else None
-        return micro_batches
+        hidden = self.teacher.read(micro_batches) or [None] * len(micro_batches)
+        return [DistillationBatch(batch, part, scale) for batch, part in zip(micro_batches, hidden, strict=True)]
 
     def _mean_sequences(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Sequences with a response in the global batch, per data-parallel rank: the loss is their mean, while
@@ -142,24 +148,25 @@ class TSDKDModel(llm.GPTModel):
         return count.item() / group.size()
 
     # Act three: the student is corrected. Megatron's schedule calls these for each micro-batch.
-    def data_step(self, micro_batches: Iterator[MicroBatch]) -> MicroBatch:
-        return next(micro_batches)
+    def data_step(self, batches: Iterator[DistillationBatch]) -> DistillationBatch:
+        return next(batches)
 
-    def forward_step(self, batch: MicroBatch) -> Tensor:
+    def forward_step(self, batch: DistillationBatch) -> Tensor:
         """This stage's output; on the last stage the student's final hidden states `[S (/TP), B, H]`."""
+        tokens, position_ids = batch.micro_batch["tokens"], batch.micro_batch["position_ids"]
         with hidden_states_only(self.module):
-            return self(batch["tokens"], batch["position_ids"], attention_mask(batch["tokens"]))
+            return self(tokens, position_ids, attention_mask(tokens))
 
-    def loss(self, batch: MicroBatch, hidden: Tensor) -> ObjectiveOutput:
+    def loss(self, batch: DistillationBatch, hidden: Tensor) -> ObjectiveOutput:
         """The objective on one micro-batch, from the final hidden states of both models and their heads."""
         student, config = unwrap(self.module), self.run.objective
-        teacher_hidden = self.teacher.dense(batch, batch["teacher_hidden"])
+        teacher_hidden = self.teacher.dense(batch.micro_batch, batch.teacher_hidden)
         common: dict[str, Any] = {
             "vocab_size": self.vocabulary.size,
             "tp_group": parallel_state.get_tensor_model_parallel_group(),
             "cp_group": parallel_state.get_context_parallel_group(),
         }
-        mask = batch["response_mask"].t()
+        mask = batch.micro_batch["response_mask"].t()
         if config.head == "fused":
             weight = head_weight(student)
             return tsdkd_loss_from_hidden(
@@ -188,11 +195,12 @@ class TSDKDLoss(MegatronLossReduction):
         super().__init__()
         self._loss = loss
 
-    def forward(self, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: DistillationBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         out = self._loss(batch, hidden)
-        report = {"loss": out.loss_sum.detach().clone(), **out.sums}  # Megatron divides the loss in place
-        return out.loss_sum * batch["loss_scale"], report
+        # Cloned: Megatron divides the loss in place.
+        report = {"loss": out.loss_sum.detach().clone(), "num_sequences": out.num_sequences, **out.metrics}
+        return out.loss_sum * batch.loss_scale, report
 
     def reduce(self, reports: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Sums over this rank's micro-batches of everything the objective reports."""
-        return {name: torch.stack([report[name] for report in reports]).sum(0) for name in reports[0]}
+        """What the objective reports of each of this rank's micro-batches, stacked to `[num_microbatches]`."""
+        return {name: torch.stack([report[name] for report in reports]) for name in reports[0]}

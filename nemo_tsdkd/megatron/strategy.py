@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from nemo import lightning as nl
+from nemo.lightning._strategy_lib import init_model_parallel
+from torch import Tensor
 
-from nemo_tsdkd.data import Sample
 from nemo_tsdkd.rollout import Response
+
+if TYPE_CHECKING:
+    from nemo_tsdkd.model import DistillationBatch
 
 # What the objective reports as sums over sequences (docs/math.md), in the order of the reduced vector.
 PER_SEQUENCE = (
@@ -35,18 +40,26 @@ class TSDKDStrategy(nl.MegatronStrategy):
     """Runs the three acts and leaves the step's metrics, equal on every rank, in `step_metrics`."""
 
     step_metrics: dict[str, float]
+    not_finite: str | None = None  # the first micro-batch of this rank, if any, whose loss was not finite
 
-    def training_step(self, dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+    def setup_distributed(self) -> None:
+        met_before = dist.is_initialized()
+        super().setup_distributed()
+        if met_before:  # to import checkpoints together: NeMo then returns before it builds Megatron's groups
+            init_model_parallel(self.model)
+
+    def training_step(self, dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Tensor:
         model, step = self.lightning_module, self.trainer.global_step
         self.step_metrics = {"lr": self.optimizers[0].param_groups[0]["lr"]}
         samples = [sample for _ in range(get_num_microbatches()) for sample in next(dataloader_iter)[0]]
         with self._timed("rollout_s"):
             responses = model.respond(samples, step)
         with self._timed("teacher_s"):
-            micro_batches = model.read(samples, responses)
+            batches = model.read(samples, responses)
         with self._timed("student_s"):
-            reports = super().training_step(iter(micro_batches), *args, **kwargs)
-        self.step_metrics |= self._reduce(reports) | self._response_lengths(responses)
+            reports = super().training_step(iter(batches), *args, **kwargs)
+        self.step_metrics |= self._response_lengths(responses) | self._reduce(reports)
+        self.not_finite = self._not_finite(reports, batches)
         return torch.tensor(self.step_metrics["loss"])
 
     @contextmanager
@@ -62,13 +75,21 @@ class TSDKDStrategy(nl.MegatronStrategy):
         names = PER_SEQUENCE + COUNTS
         sums = torch.zeros(len(names), dtype=torch.float64, device=torch.cuda.current_device())
         if parallel_state.is_pipeline_last_stage():
-            sums += torch.stack([reports[name].double() for name in names])
+            sums += torch.stack([reports[name].double().sum() for name in names])
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
         total = dict(zip(names, sums.tolist(), strict=True))
-        return {name: total[name] / total["num_sequences"] for name in PER_SEQUENCE} | {
-            "response_tokens": int(total["response_tokens"])
-        }
+        means = {name: total[name] / total["num_sequences"] for name in PER_SEQUENCE}
+        return means | {"response_tokens": int(total["response_tokens"])}
+
+    def _not_finite(self, reports: Any, batches: list[DistillationBatch]) -> str | None:
+        """In words, the first micro-batch of this rank whose loss is not finite."""
+        if math.isfinite(self.step_metrics["loss"]) or not parallel_state.is_pipeline_last_stage():
+            return None
+        for batch, loss in zip(batches, reports["loss"].tolist(), strict=True):
+            if not math.isfinite(loss):
+                return f"loss {loss} in the micro-batch of samples {batch.micro_batch['sample_index'].tolist()}"
+        return None
 
     def _response_lengths(self, responses: list[Response]) -> dict[str, float]:
         """Length statistics over the global batch; every data-parallel rank holds as many responses."""

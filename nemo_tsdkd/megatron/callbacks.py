@@ -1,0 +1,97 @@
+"""What happens after each step: report, check, save, stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from nemo_tsdkd.config import CheckpointConfig
+from nemo_tsdkd.metrics import RunWriter
+
+logger = logging.getLogger(__name__)
+
+
+class Report(pl.Callback):
+    """Writes the step's metrics on rank 0, after every rank has checked that they are finite.
+
+    NeMo copies a callback's arguments, so the open files come with the first step, not with the constructor.
+    """
+
+    def __init__(self, run_dir: Path, progress_bar: bool) -> None:
+        self.run_dir = run_dir
+        self.progress_bar = progress_bar
+        self._writer: RunWriter | None = None  # None but on rank 0
+        self._started = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, model: Any) -> None:
+        if trainer.is_global_zero:
+            step = trainer.global_step  # 0, or what the loaded checkpoint holds
+            self._writer = RunWriter(self.run_dir, trainer.max_steps, self.progress_bar, resume_step=step)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, model: Any, batch: Any, batch_idx: int) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, model: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        metrics = dict(trainer.strategy.step_metrics)
+        metrics["grad_norm"] = float(trainer.callback_metrics["grad_norm"])
+        metrics["tokens_per_s"] = metrics["response_tokens"] / (time.perf_counter() - self._started)
+        # Every rank holds the same reduced figures, so that every rank stops here, before anything is saved.
+        bad = [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            where = trainer.strategy.not_finite or "all losses of this rank are finite"
+            raise FloatingPointError(f"step {step}: {', '.join(bad)} ({where}). Nothing was saved of this step.")
+        if self._writer:
+            self._writer.write(step, metrics)
+
+    def on_train_end(self, trainer: pl.Trainer, model: Any) -> None:
+        if self._writer:
+            finished = trainer.global_step >= trainer.max_steps
+            self._writer.close({"steps": trainer.global_step, "finished": finished})
+
+
+class SaveAndStop(pl.Callback):
+    """Saves every n steps, at the last step, and when the cluster asks the job to leave (SIGTERM, SIGUSR1)."""
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, reuse: int) -> None:
+        self.run_dir = run_dir
+        self.config = config
+        self.reuse = reuse
+        self._asked_to_stop = False
+
+    def on_train_start(self, trainer: pl.Trainer, model: Any) -> None:
+        # After Lightning's own handlers, which would raise in the middle of a step on one rank alone.
+        for signum in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(signum, self._note_signal)
+
+    def _note_signal(self, signum: int, frame: FrameType | None) -> None:
+        logger.warning("%s: saving after this step, then stopping.", signal.Signals(signum).name)
+        self._asked_to_stop = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, model: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        # A set of rollouts is not part of a checkpoint: save where the next step would write a new one.
+        at_boundary = step % self.reuse == 0 or step == trainer.max_steps
+        stop = at_boundary and self._any_rank_asked()
+        if stop or step == trainer.max_steps or step % self.config.every_n_steps == 0:
+            save(trainer, self.run_dir, self.config)
+        trainer.should_stop = trainer.should_stop or stop
+
+    def _any_rank_asked(self) -> bool:
+        """Signals reach the ranks at different moments: all stop after the same step."""
+        asked = torch.tensor(int(self._asked_to_stop), device=torch.cuda.current_device())
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked)
+
+
+def save(trainer: pl.Trainer, run_dir: Path, config: CheckpointConfig) -> None:
+    trainer.save_checkpoint(run_dir / "checkpoints" / f"step_{trainer.global_step}")
