@@ -30,19 +30,19 @@ def _in(name: str, value: Any, allowed: Sequence[Any]) -> None:
 def _positive(owner: Any, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        _require(value > 0, f"{prefix}.{name}", value, "must be greater than 0", "Give a positive number.")
+        _require(value > 0, f"{prefix}{name}", value, "must be greater than 0", "Give a positive number.")
 
 
 def _not_negative(owner: Any, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        _require(value >= 0, f"{prefix}.{name}", value, "must not be negative", "Give 0 or more.")
+        _require(value >= 0, f"{prefix}{name}", value, "must not be negative", "Give 0 or more.")
 
 
 def _share(owner: Any, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        _require(0.0 <= value <= 1.0, f"{prefix}.{name}", value, "must lie in [0, 1]", "Give a share between 0 and 1.")
+        _require(0.0 <= value <= 1.0, f"{prefix}{name}", value, "must lie in [0, 1]", "Give a share between 0 and 1.")
 
 
 @dataclass
@@ -69,9 +69,9 @@ class ObjectiveConfig:
         """Raise ValueError on the first field that breaks its rule. Selection rules are checked by their registry."""
         _in("objective.preset", self.preset, PRESETS)
         _in("objective.head", self.head, HEADS)
-        _share(self, "objective", "beta", "threshold", "entropy_fraction")
-        _not_negative(self, "objective", "indirect_kd_alpha", "direct_weight", "entropy_weight")
-        _positive(self, "objective", "top_k", "gate_temperature", "temperature", "chunk_tokens")
+        _share(self, "objective.", "beta", "threshold", "entropy_fraction")
+        _not_negative(self, "objective.", "indirect_kd_alpha", "direct_weight", "entropy_weight")
+        _positive(self, "objective.", "top_k", "gate_temperature", "temperature", "chunk_tokens")
         if vocab_size is not None:
             _require(
                 self.top_k <= vocab_size,
@@ -97,7 +97,7 @@ class TeacherConfig(ModelConfig):
     precision: str = "bf16"  # bf16 | fp32 | fp8_tensorwise | fp8_blockwise
 
     def validate(self) -> None:
-        _positive(self, "teacher", "micro_batch_size")
+        _positive(self, "teacher.", "micro_batch_size")
         _in("teacher.offload", self.offload, OFFLOADS)
 
 
@@ -129,7 +129,7 @@ class ParallelConfig:
 
     def validate(self) -> None:
         tp, pp = "tensor_model_parallel_size", "pipeline_model_parallel_size"
-        _positive(self, "parallel", tp, pp, "context_parallel_size", "num_nodes", "gpus_per_node")
+        _positive(self, "parallel.", tp, pp, "context_parallel_size", "num_nodes", "gpus_per_node")
         _require(
             self.world_size % self.model_parallel_size == 0,
             "parallel.num_nodes x parallel.gpus_per_node",
@@ -170,7 +170,7 @@ class DataConfig:
             self.seq_length > 1, "data.seq_length", self.seq_length, "must hold a prompt and a response", "Raise it."
         )
         if self.limit is not None:
-            _positive(self, "data", "limit")
+            _positive(self, "data.", "limit")
 
 
 @dataclass
@@ -186,9 +186,9 @@ class RolloutConfig:
     reuse: int = 1  # optimizer steps on one set of rollouts
 
     def validate(self) -> None:
-        _share(self, "rollout", "lmbda", "top_p")
-        _positive(self, "rollout", "max_new_tokens", "top_p", "batch_size", "reuse")
-        _not_negative(self, "rollout", "temperature", "top_k")
+        _share(self, "rollout.", "lmbda", "top_p")
+        _positive(self, "rollout.", "max_new_tokens", "top_p", "batch_size", "reuse")
+        _not_negative(self, "rollout.", "temperature", "top_k")
 
 
 @dataclass
@@ -202,9 +202,9 @@ class OptimConfig:
     clip_grad: float = 1.0  # largest norm of the gradient; 0: not clipped
 
     def validate(self) -> None:
-        _positive(self, "optim", "lr")
-        _not_negative(self, "optim", "min_lr", "warmup_steps", "weight_decay", "clip_grad")
-        _share(self, "optim", "adam_beta1", "adam_beta2")
+        _positive(self, "optim.", "lr")
+        _not_negative(self, "optim.", "min_lr", "warmup_steps", "weight_decay", "clip_grad")
+        _share(self, "optim.", "adam_beta1", "adam_beta2")
         _require(
             self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"must not exceed optim.lr = {self.lr}", "Lower it."
         )
@@ -218,8 +218,8 @@ class CheckpointConfig:
     async_save: bool = False
 
     def validate(self) -> None:
-        _positive(self, "checkpoint", "every_n_steps", "keep_last")
-        _not_negative(self, "checkpoint", "keep_every")
+        _positive(self, "checkpoint.", "every_n_steps", "keep_last")
+        _not_negative(self, "checkpoint.", "keep_every")
 
 
 @dataclass
@@ -254,8 +254,8 @@ class TrainConfig:
         """
         missing = list(_missing(self))
         _require(not missing, ", ".join(missing), MISSING, "must be set", "Give it in the config or as key=value.")
-        _positive(self, "config", "max_steps", "global_batch_size", "micro_batch_size", "log_every_n_steps")
-        _not_negative(self, "config", "seed")
+        _positive(self, "", "max_steps", "global_batch_size", "micro_batch_size", "log_every_n_steps")
+        _not_negative(self, "", "seed")
         parts = (self.teacher, self.objective, self.data, self.rollout, self.parallel, self.optim, self.checkpoint)
         for part in parts:
             part.validate()

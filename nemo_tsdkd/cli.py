@@ -1,0 +1,117 @@
+"""The `nemo-tsdkd` command. Each sub-command imports what it needs, so that help and errors come at once."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from nemo_tsdkd import launch
+
+
+def train(argv: Sequence[str]) -> None:
+    place = launch.environment()
+    from nemo_tsdkd.check import check_setup
+    from nemo_tsdkd.compose import add_config_arguments, config_from
+
+    parser = argparse.ArgumentParser(prog="nemo-tsdkd train")
+    add_config_arguments(parser)
+    config = config_from(parser.parse_intermixed_args(argv))
+    check_setup(config)
+    if place.world_size != config.parallel.world_size:
+        raise ValueError(
+            f"parallel.num_nodes x parallel.gpus_per_node = {config.parallel.world_size}: but {place.world_size} "
+            "ranks were started. Start one for each, with srun or `torchrun --nproc-per-node N -m nemo_tsdkd train`."
+        )
+    from nemo_tsdkd.megatron.train import train
+
+    train(config)
+
+
+def check(argv: Sequence[str]) -> None:
+    from omegaconf import OmegaConf
+
+    from nemo_tsdkd.check import check_setup
+    from nemo_tsdkd.compose import add_config_arguments, config_from
+    from nemo_tsdkd.memory import GIB, per_gpu
+
+    parser = argparse.ArgumentParser(prog="nemo-tsdkd check")
+    add_config_arguments(parser)
+    config = config_from(parser.parse_intermixed_args(argv))
+    shapes = check_setup(config)
+    print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
+    p = config.parallel
+    print(
+        f"# valid for {p.world_size} ranks: TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size} "
+        f"x CP {p.context_parallel_size} x DP {config.data_parallel_size}"
+    )
+    if len(shapes) == 2:
+        print(f"# the fullest GPU needs about {per_gpu(config, **shapes).peak / GIB:.1f} GiB")
+
+
+def import_(argv: Sequence[str]) -> None:
+    from nemo_tsdkd.convert import import_main
+
+    import_main(argv)
+
+
+def export(argv: Sequence[str]) -> None:
+    from nemo_tsdkd.convert import export_main
+
+    export_main(argv)
+
+
+def generate(argv: Sequence[str]) -> None:
+    from nemo_tsdkd.generate import main
+
+    main(argv)
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    from nemo_tsdkd.evaluate import main
+
+    main(argv)
+
+
+def preflight(argv: Sequence[str]) -> None:
+    from nemo_tsdkd.preflight import main
+
+    main(argv)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "train": (train, "distil the teacher into the student"),
+    "check": (check, "print the resolved configuration and say whether it can run; needs no GPU"),
+    "import": (import_, "Hugging Face checkpoint -> NeMo checkpoint"),
+    "export": (export, "training checkpoint -> NeMo or Hugging Face checkpoint"),
+    "generate": (generate, "write responses of the student or the teacher to a file"),
+    "evaluate": (evaluate, "score an exported student on benchmarks"),
+    "preflight": (preflight, "check nodes, network, files and configuration before a long job"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one sub-command. Bad input ends with one line on stderr and exit status 2; a defect shows its traceback."""
+    parser = argparse.ArgumentParser(
+        prog="nemo-tsdkd",
+        description="Token-selective dual knowledge distillation on NeMo and Megatron.",
+        epilog="\n".join(f"  {name:10} {purpose}" for name, (_, purpose) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below; each has its --help")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
+    args = parser.parse_args(argv)
+    # One voice a node: all ranks meet a bad configuration alike, but a missing file may be missing on one node only.
+    speaks = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+    logging.basicConfig(level=logging.INFO if speaks else logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        COMMANDS[args.command][0](args.arguments)
+    except ValueError as e:
+        if args.traceback:
+            raise
+        if speaks:
+            print(f"nemo-tsdkd: error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
