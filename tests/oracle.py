@@ -7,6 +7,7 @@ Gradients come from autograd.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -65,22 +66,53 @@ def sequence_terms(z: Tensor, t: Tensor, config) -> dict[str, Tensor]:
     opener = range(opener_length(h, config.threshold))
     ranked = [plackett_luce(z[i], teacher_ranking(z[i].detach(), t[i], config.top_k)) for i in opener]
     chosen = uncertain_positions(h, config.entropy_fraction)
+    beta = {"forward_kl": 0, "reverse_kl": 1}.get(config.preset, config.beta)
     return {
-        "direct": (gate * jsd(log_s, log_t, config.beta)).mean(),
+        "direct": ((gate if config.preset == "paper" else 1) * jsd(log_s, log_t, beta)).mean(),
         "indirect": torch.stack(ranked).mean(),
         "entropy": h_s[chosen].mean() if chosen else z.new_zeros(()),
     }
 
 
-def loss_sum(student: Tensor, teacher: Tensor, mask: Tensor, config, vocab_size: int) -> Tensor:
-    """Sum over sequences of the paper's loss. Logits [S, B, V], mask [S, B]; columns from vocab_size on are padding."""
+def weighted(terms: dict[str, Tensor], config) -> Tensor:
+    if config.preset in ("gkd", "forward_kl", "reverse_kl"):
+        return config.direct_weight * terms["direct"]
+    indirect, entropy = config.indirect_kd_alpha * terms["indirect"], config.entropy_weight * terms["entropy"]
+    return config.direct_weight * terms["direct"] + indirect + entropy
+
+
+def reference_loss(z: Tensor, t: Tensor, mask: Tensor, config) -> Tensor:
+    """The public trainer's loss as docs/math.md restates it; logits [B, S, V], mask [B, S]."""
+    log_s, log_t = z.log_softmax(-1), t.log_softmax(-1)
+    h_s, h_t = entropy(log_s), entropy(log_t)
+    gate = torch.sigmoid(h_s.detach() - h_t)
+    direct = (gate * jsd(log_s, log_t, config.beta))[mask].sum() / mask.sum()
+    h = h_s.detach()[mask]
+    chosen = h_s.detach() >= torch.quantile(h, config.threshold)
+    d = int(((h / h.sum()).cumsum(0) >= config.threshold).nonzero()[0])
+    losses = []
+    for b, s in mask[:, :d].nonzero().tolist():
+        ranking = teacher_ranking(z[b, s].detach(), t[b, s], config.top_k)
+        losses += [plackett_luce(z[b, s], ranking[::-1])]
+    indirect = torch.stack(losses).mean() if losses else z.new_zeros(())
+    return weighted({"direct": direct, "indirect": indirect, "entropy": h_s[chosen].mean()}, config)
+
+
+def loss_sum(student: Tensor, teacher: Tensor, mask: Tensor, config, vocab_size: int, cu_seqlens=None) -> Tensor:
+    """Sum over sequences of the loss. Logits [S, B, V], mask [S, B]; columns from vocab_size on are padding.
+
+    `cu_seqlens` are the bounds of sequences packed in the one row.
+    """
     z = student[..., :vocab_size].double() / config.temperature
     t = teacher[..., :vocab_size].double() / config.temperature
-    total = z.new_zeros(())
-    for b in range(mask.shape[1]):
-        rows = mask[:, b]
-        if rows.any():
-            terms = sequence_terms(z[rows, b], t[rows, b], config)
-            total = total + config.direct_weight * terms["direct"]
-            total = total + config.indirect_kd_alpha * terms["indirect"] + config.entropy_weight * terms["entropy"]
+    if config.preset == "reference":
+        z, t, mask = z.transpose(0, 1), t.transpose(0, 1), mask.T
+        return reference_loss(z, t, mask, config) * mask.any(1).sum()
+    total = z[:0].sum()
+    bounds = cu_seqlens or [0, len(mask)]
+    for first, end in pairwise(bounds):
+        for b in range(mask.shape[1]):
+            rows = torch.arange(first, end)[mask[first:end, b]]
+            if len(rows):
+                total = total + weighted(sequence_terms(z[rows, b], t[rows, b], config), config)
     return total

@@ -1,45 +1,18 @@
-"""The TSD-KD loss on vocabulary-sharded logits: every rank gathers the vocabulary and computes the whole loss."""
+"""The public functions: check the input, line the two vocabularies up, call the objective."""
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nemo_tsdkd.config import ObjectiveConfig
+from nemo_tsdkd.objective.function import METRICS, Call, Head, Objective
+from nemo_tsdkd.objective.heads import FusedHead, LogitsHead
 from nemo_tsdkd.objective.output import ObjectiveOutput
-
-
-class _GatherVocabulary(torch.autograd.Function):
-    """All ranks compute the same loss from the gathered logits, so each takes its own slice of the gradient."""
-
-    @staticmethod
-    def forward(ctx, logits, group):
-        ctx.width, ctx.rank = logits.shape[-1], group.rank()
-        shards = [torch.empty_like(logits) for _ in range(group.size())]
-        dist.all_gather(shards, logits.contiguous(), group=group)
-        return torch.cat(shards, -1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad[..., ctx.rank * ctx.width : (ctx.rank + 1) * ctx.width].contiguous(), None
-
-
-def _whole(logits: Tensor, vocab_size: int | None, tp_group: dist.ProcessGroup | None) -> Tensor:
-    if tp_group is not None and tp_group.size() > 1:
-        logits = _GatherVocabulary.apply(logits, tp_group)
-    return logits[..., :vocab_size].to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-
-
-def _jsd(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
-    if beta == 0:
-        return (log_t.exp() * (log_t - log_s)).sum(-1)
-    if beta == 1:
-        return (log_s.exp() * (log_s - log_t)).sum(-1)
-    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
-    return beta * (log_t.exp() * (log_t - log_m)).sum(-1) + (1 - beta) * (log_s.exp() * (log_s - log_m)).sum(-1)
+from nemo_tsdkd.objective.presets import resolve
+from nemo_tsdkd.objective.selection import check_rules
+from nemo_tsdkd.objective.sequences import SequenceLayout
+from nemo_tsdkd.vocab_parallel import Group, Overlap, group_size, head_rows
 
 
 def tsdkd_loss(
@@ -49,55 +22,154 @@ def tsdkd_loss(
     config: ObjectiveConfig,
     *,
     vocab_size: int | None = None,
-    tp_group: dist.ProcessGroup | None = None,
-    cp_group: dist.ProcessGroup | None = None,
+    tp_group: Group = None,
+    cp_group: Group = None,
+    cu_seqlens: Tensor | None = None,
+    overwrite_student_logits: bool = False,
 ) -> ObjectiveOutput:
-    """TSD-KD loss (arXiv 2603.13260) of logits [S, B, V_local]; mask [S, B] True: the next token is a response."""
-    if cp_group is not None and cp_group.size() > 1:
-        raise ValueError("cp_group: context parallelism is not supported yet. Set context_parallel_size=1.")
-    if vocab_size is None:
-        size = tp_group.size() if tp_group is not None else 1
-        vocab_size = size * min(student_logits.shape[-1], teacher_logits.shape[-1])
-    student = _whole(student_logits, vocab_size, tp_group) / config.temperature
-    teacher = _whole(teacher_logits.detach(), vocab_size, tp_group) / config.temperature
-    names = "direct indirect entropy student_entropy teacher_entropy gate_mean opener_fraction rank_agreement"
-    sums = {name: student.new_zeros(()) for name in names.split()}
-    mask = response_mask.bool()
-    for b in mask.any(0).nonzero().flatten().tolist():
-        z, t = student[mask[:, b], b], teacher[mask[:, b], b]
-        log_s, log_t = z.log_softmax(-1), t.log_softmax(-1)
-        h_s, h_t = -(log_s.exp() * log_s).sum(-1), -(log_t.exp() * log_t).sum(-1)
-        length, h = len(z), h_s.detach().double()
-        gate = torch.sigmoid((h_s.detach() - h_t) / config.gate_temperature)
-        reached = h.cumsum(0) >= config.threshold * h.sum()
-        opener = int(reached.int().argmax()) + 1 if reached.any() else length
-        candidates = z[:opener].detach().sort(dim=-1, descending=True, stable=True).indices[:, : config.top_k]
-        rank = t[:opener].gather(-1, candidates).sort(dim=-1, descending=True, stable=True).indices
-        ranked = z[:opener].gather(-1, candidates.gather(-1, rank))
-        lse = ranked.flip(-1).logcumsumexp(-1).flip(-1)
-        uncertain = h.sort(dim=0, descending=True, stable=True).indices[: math.ceil(config.entropy_fraction * length)]
-        place = rank.argsort(-1)
-        ahead = torch.triu(place[:, None, :] > place[:, :, None], diagonal=1).sum((1, 2)).to(z.dtype)
-        pairs = config.top_k * (config.top_k - 1) / 2
-        values = {
-            "direct": (gate * _jsd(log_s, log_t, config.beta)).mean(),
-            "indirect": (lse - ranked).sum(-1).mean(),
-            "entropy": h_s[uncertain].mean() if len(uncertain) else z.new_zeros(()),
-            "student_entropy": h_s.mean(),
-            "teacher_entropy": h_t.mean(),
-            "gate_mean": gate.mean(),
-            "opener_fraction": z.new_tensor(opener / length),
-            "rank_agreement": (ahead / pairs).mean() if pairs else z.new_ones(()),
-        }
-        sums = {name: sums[name] + values[name] for name in sums}
-    num_sequences = mask.any(0).sum()
-    loss_sum = (
-        config.direct_weight * sums["direct"]
-        + config.indirect_kd_alpha * sums["indirect"]
-        + config.entropy_weight * sums["entropy"]
-        + 0.0 * student[:0].sum()
+    """Token-selective dual knowledge distillation (arXiv 2603.13260) of vocabulary-sharded logits.
+
+    Every rank of `tp_group` and `cp_group` calls it and gets the same values. The gradient of a rank's logits is that
+    of the whole loss with respect to this shard: no further reduction and no factor of a group's size belongs to it.
+
+    Args:
+        student_logits: [S, B, V_local], Megatron's layout; any float dtype. Computed in fp32, or fp64 where it is.
+        teacher_logits: [S, B, V_local of the teacher]; its padded width may differ. Gets no gradient.
+        response_mask: [S, B], true where the position predicts a response token.
+        config: the objective's fields; its preset is applied here.
+        vocab_size: true token ids; columns from there on are padding, without probability and with zero gradient.
+            None: all columns that both models have.
+        tp_group: ranks that share the vocabulary; None for dense logits.
+        cp_group: ranks that share the sequences in Megatron's zig-zag order; S is then this rank's part.
+        cu_seqlens: int [sequences + 1], bounds of the sequences packed in the one row (B = 1), in tokens of the whole
+            row, before context parallelism divides it.
+        overwrite_student_logits: the backward writes the gradient over `student_logits` instead of a new tensor. Safe
+            where nothing but this loss reads them once it ran; a second backward then raises.
+
+    Raises:
+        ValueError: shapes that do not match, a field of `config` out of its range or an unknown rule, `vocab_size`
+            above the columns, rows or packed sequences that context parallelism cannot divide.
+    """
+    _check_shapes(response_mask, student_logits=student_logits, teacher_logits=teacher_logits)
+    config = _checked(config, vocab_size)
+    vocab_size, overlap = _vocabulary(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1], tp_group)
+    call = _call(config, response_mask, cu_seqlens, tp_group, cp_group)
+    teacher = teacher_logits.detach()
+    left, right = overlap.exchange([teacher[..., first:end][call.where].T for first, end in overlap.send], tp_group)
+    head = LogitsHead(
+        student_logits,
+        teacher,
+        left.T,
+        right.T,
+        call.where,
+        overlap,
+        config.temperature,
+        config.chunk_tokens * vocab_size,
+        overwrite_student_logits,
     )
-    metrics = {name: value.detach() for name, value in sums.items()} | {"response_tokens": mask.sum()}
+    return _run(call, head)
+
+
+def tsdkd_loss_from_hidden(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    response_mask: Tensor,
+    config: ObjectiveConfig,
+    *,
+    vocab_size: int | None = None,
+    tp_group: Group = None,
+    cp_group: Group = None,
+    cu_seqlens: Tensor | None = None,
+    sequence_parallel: bool = False,
+) -> ObjectiveOutput:
+    """The same objective from final hidden states and output weights (`objective.head: fused`).
+
+    Projects response tokens only and never holds a [tokens, V_local] tensor: logits are computed a block of columns
+    at a time, and again in the backward. Gradients go to the student's hidden states and output weight, with the
+    reduction over `tp_group` that Megatron's ColumnParallelLinear makes.
+
+    Args:
+        student_hidden: [S, B, H_s], or this rank's [S / TP, B, H_s] with `sequence_parallel`; after the final norm.
+        student_weight: [V_local, H_s], this rank's rows of the output layer.
+        teacher_hidden, teacher_weight: the teacher's; its hidden size and padded width may differ. Get no gradient.
+        response_mask: [S, B], whole along the sequence also with `sequence_parallel`.
+        sequence_parallel: both models' hidden states are split along the sequence over `tp_group`.
+        config, vocab_size, tp_group, cp_group, cu_seqlens: as in `tsdkd_loss`.
+
+    Raises:
+        ValueError: as in `tsdkd_loss`; hidden and weight sizes that do not match.
+    """
+    split = group_size(tp_group) if sequence_parallel else 1
+    _check_shapes(response_mask, split, student_hidden=student_hidden, teacher_hidden=teacher_hidden)
+    _check_weight("student", student_hidden, student_weight)
+    _check_weight("teacher", teacher_hidden, teacher_weight)
+    config = _checked(config, vocab_size)
+    vocab_size, overlap = _vocabulary(vocab_size, len(student_weight), len(teacher_weight), tp_group)
+    call = _call(config, response_mask, cu_seqlens, tp_group, cp_group)
+    weight = teacher_weight.detach()
+    left, right = overlap.exchange([weight[first:end] for first, end in overlap.send], tp_group)
+    head = FusedHead(
+        head_rows(student_hidden, call.where, tp_group, sequence_parallel),
+        student_weight,
+        head_rows(teacher_hidden.detach(), call.where, tp_group, sequence_parallel),
+        (left, weight[slice(*overlap.own)], right),
+        overlap,
+        config.temperature,
+        config.chunk_tokens * vocab_size,
+    )
+    return _run(call, head)
+
+
+def _checked(config: ObjectiveConfig, vocab_size: int | None) -> ObjectiveConfig:
+    config.validate(vocab_size)
+    check_rules(config)
+    return resolve(config)
+
+
+def _check_shapes(mask: Tensor, split: int = 1, **tensors: Tensor) -> None:
+    if mask.dim() != 2:
+        raise ValueError(f"response_mask has shape {tuple(mask.shape)}: must be [S, B].")
+    for name, tensor in tensors.items():
+        if tensor.dim() != 3 or tensor.shape[0] * split != mask.shape[0] or tensor.shape[1] != mask.shape[1]:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}: must be [{mask.shape[0] // split}, {mask.shape[1]}, size] "
+                f"beside a response_mask of shape {tuple(mask.shape)}."
+            )
+
+
+def _check_weight(model: str, hidden: Tensor, weight: Tensor) -> None:
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{model}_weight has shape {tuple(weight.shape)}: must be [V_local, {hidden.shape[-1]}], "
+            f"the hidden size of {model}_hidden."
+        )
+
+
+def _vocabulary(vocab_size: int | None, student_width: int, teacher_width: int, group: Group) -> tuple[int, Overlap]:
+    common = group_size(group) * min(student_width, teacher_width)
+    if vocab_size is not None and vocab_size > common:
+        raise ValueError(f"vocab_size = {vocab_size}: the models have {common} columns in common. Pass at most that.")
+    vocab_size = common if vocab_size is None else vocab_size
+    return vocab_size, Overlap.between(vocab_size, student_width, teacher_width, group)
+
+
+def _call(config: ObjectiveConfig, mask: Tensor, cu_seqlens: Tensor | None, tp_group: Group, cp_group: Group) -> Call:
+    if config.preset == "reference" and cu_seqlens is not None:
+        raise ValueError(
+            "objective.preset = 'reference' with packed rows: its opener is one column of a batch of rows. "
+            "Turn packing off, or use preset paper."
+        )
+    mask = mask.bool()
+    # The reference preset trains padding positions too, so it reads them all.
+    s, b = (torch.ones_like(mask) if config.preset == "reference" else mask).nonzero().unbind(-1)
+    return Call(config, mask, (s, b), SequenceLayout.of(mask, cu_seqlens, cp_group), tp_group)
+
+
+def _run(call: Call, head: Head) -> ObjectiveOutput:
+    loss_sum, values, num_sequences = Objective.apply(call, head, *head.differentiable)
+    metrics = dict(zip(METRICS, values.unbind(), strict=True))
     share = num_sequences.clamp(min=1)
     terms = {name: metrics[name] / share for name in ("direct", "indirect", "entropy")}
     return ObjectiveOutput(loss_sum / share, loss_sum, num_sequences, **terms, metrics=metrics)

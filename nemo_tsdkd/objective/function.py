@@ -1,0 +1,231 @@
+"""The objective as one autograd function: values in the forward, analytic gradients tile by tile in the backward.
+
+Kept between the two: the head's own inputs and a few numbers a token. The backward needs no collective, because
+everything that crosses ranks is in those numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_tsdkd.config import ObjectiveConfig
+from nemo_tsdkd.objective.heads import FusedHead, LogitsHead, Tile
+from nemo_tsdkd.objective.presets import TokenWeights, token_weights
+from nemo_tsdkd.objective.sequences import SequenceLayout
+from nemo_tsdkd.objective.terms import (
+    FLOOR,
+    SoftmaxSums,
+    add_entropy_grad_,
+    divergence,
+    plackett_luce,
+    rank_agreement,
+)
+from nemo_tsdkd.vocab_parallel import Group, all_gather, all_reduce, group_rank, group_size, top_k_by_id
+
+Head = LogitsHead | FusedHead
+METRICS = (
+    "direct",
+    "indirect",
+    "entropy",
+    "student_entropy",
+    "teacher_entropy",
+    "gate_mean",
+    "opener_fraction",
+    "rank_agreement",
+    "response_tokens",
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call computes and where: resolved config, this rank's mask [S, B], its n tokens and the groups."""
+
+    config: ObjectiveConfig
+    mask: Tensor
+    where: tuple[Tensor, Tensor]
+    layout: SequenceLayout
+    tp_group: Group
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The student's proposals at the m opener tokens.
+
+    Attributes:
+        student, teacher: logits [m, k], student's order.
+        slot: place [m, k] of each in the list of all ranks' proposals.
+        columns: this rank's own proposals [m, k_local] as local columns.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    slot: Tensor
+    columns: Tensor
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the backward needs besides the head; fields [n] unless stated."""
+
+    log_normalizers: Tensor  # [2, n]
+    student_entropy: Tensor
+    divergence_sums: Tensor  # [1 or 2, n]
+    direct: Tensor  # weights of the terms' gradients
+    entropy: Tensor
+    opener: Tensor  # [m] indices of the opener's tokens
+    columns: Tensor  # [m, k_local] candidates among this rank's columns
+    columns_grad: Tensor  # [m, k_local]
+
+
+def softmax_sums(head: Head, tp_group: Group) -> SoftmaxSums:
+    """Softmax sums of both models, [2, n] each, over the whole vocabulary: one pass and two packed reductions."""
+    sums = SoftmaxSums.empty(head.student.new_empty((2, head.num_tokens), dtype=_dtype(head)))
+    for rows, _, *logits in head.tiles():
+        parts = zip(*map(SoftmaxSums.of_, logits), strict=True)
+        seen = SoftmaxSums(*(x[:, rows] for x in sums))
+        for whole, part in zip(sums, seen.merge(SoftmaxSums(*map(torch.stack, parts))), strict=True):
+            whole[:, rows] = part
+    peak = all_reduce(sums.peak.clone(), dist.ReduceOp.MAX, tp_group)
+    sums = sums.seen_from(peak)
+    mass, moment = all_reduce(torch.stack([sums.mass, sums.moment]), dist.ReduceOp.SUM, tp_group)
+    return SoftmaxSums(peak, mass, moment)
+
+
+def candidates(head: Head, k: int, tp_group: Group) -> Candidates:
+    """The student's k best tokens at each of the head's positions: one small all-gather.
+
+    Lists are ordered by (logit descending, token id ascending) throughout: lower columns and lower ranks come first
+    and every merge is a stable sort. A rank with fewer columns than k fills up with FLOOR, which never wins.
+    """
+    k_local = min(k, head.padded_width)
+    logits = torch.full((2, head.num_tokens, k_local), FLOOR, dtype=_dtype(head), device=head.student.device)
+    columns = torch.zeros(logits.shape[1:], dtype=torch.int64, device=logits.device)
+    for rows, tile, student, teacher in head.tiles():
+        found, at = top_k_by_id(student, min(k_local, student.shape[1]))
+        both = torch.cat([logits[:, rows], torch.stack([found, teacher.gather(-1, at)])], -1)
+        order = both[0].sort(dim=-1, descending=True, stable=True).indices[:, :k_local]
+        logits[:, rows] = both.gather(-1, order.expand(2, -1, -1))
+        columns[rows] = torch.cat([columns[rows], at + tile.start], -1).gather(-1, order)
+    student, teacher = all_gather(logits, tp_group).permute(1, 2, 0, 3).flatten(2)
+    student, slot = (x[:, :k] for x in student.sort(dim=-1, descending=True, stable=True))
+    return Candidates(student, teacher.gather(-1, slot), slot, columns)
+
+
+def indirect_term(found: Candidates, reverse: bool, tp_group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """Ranking loss [m], its gradient [m, k_local] for this rank's own proposals, and the rank agreement [m].
+
+    `reverse` takes the likelihood of the teacher's order reversed, as the public trainer does. In fp64: it is small,
+    and its exponents are differences of running sums.
+    """
+    ranking = found.teacher.sort(dim=-1, descending=True, stable=True).indices
+    agreement = rank_agreement(ranking.argsort(-1))
+    ranking = ranking.flip(-1) if reverse else ranking
+    ranked = found.student.gather(-1, ranking)
+    value, grad = plackett_luce(ranked.double(), ~(ranked <= FLOOR))
+    ranks, k_local = group_size(tp_group), found.columns.shape[-1]
+    by_slot = grad.new_zeros((len(grad), ranks * k_local))
+    by_slot.scatter_(-1, found.slot.gather(-1, ranking), grad)
+    own = by_slot.unflatten(-1, (ranks, k_local))[:, group_rank(tp_group)]
+    return value.to(ranked.dtype), own.to(ranked.dtype), agreement.to(ranked.dtype)
+
+
+def divergence_sums(head: Head, log_normalizers: Tensor, beta: float, tp_group: Group) -> Tensor:
+    """The divergence's sums over the whole vocabulary, [1 or 2, n]: a second pass and one reduction."""
+    rule = divergence(beta)
+    sums = torch.zeros_like(log_normalizers)[: 1 if beta in (0, 1) else 2]
+    for rows, _, *logits in head.tiles():
+        sums[:, rows] += rule.sums_(*_log_probabilities_(logits, log_normalizers[:, rows]))
+    return all_reduce(sums, dist.ReduceOp.SUM, tp_group)
+
+
+def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor]:
+    """(what the backward needs, METRICS as sums over sequences, number of sequences)."""
+    config, tp_group = call.config, call.tp_group
+    softmax = softmax_sums(head, tp_group)
+    entropies, log_normalizers = softmax.entropy(), softmax.log_normalizer()
+    tokens, index = call.layout.gather(call.mask, call.where, entropies)
+    weights = TokenWeights(*call.layout.local(token_weights(tokens, config).stack(), index, call.where))
+    opener = (weights.indirect != 0).nonzero().flatten()
+    found = candidates(head.take(opener), config.top_k, tp_group)
+    ranking_loss, columns_grad, agreement = indirect_term(found, config.preset == "reference", tp_group)
+    sums = divergence_sums(head, log_normalizers, config.beta, tp_group)
+    values = [
+        (weights.direct * divergence(config.beta).value(sums)).sum(),
+        (weights.indirect[opener] * ranking_loss).sum(),
+        (weights.entropy * entropies[0]).sum(),
+        *(weights.response * entropies).sum(-1),
+        weights.gate.sum(),
+        (weights.response * (weights.opener != 0)).sum(),
+        (weights.opener[opener] * agreement).sum(),
+        (weights.response != 0).to(entropies.dtype).sum(),
+    ]
+    metrics = all_reduce(torch.stack(values), dist.ReduceOp.SUM, call.layout.cp_group)
+    saved = Saved(
+        log_normalizers,
+        entropies[0],
+        sums,
+        config.direct_weight * weights.direct,
+        config.entropy_weight * weights.entropy,
+        opener,
+        found.columns,
+        config.indirect_kd_alpha * weights.indirect[opener, None] * columns_grad,
+    )
+    return saved, metrics, tokens.num_sequences
+
+
+def gradient(head: Head, saved: Saved, config: ObjectiveConfig, scale: Tensor) -> Iterator[Tile]:
+    """Tiles of scale * d loss_sum / d student logits: a third pass, no collective."""
+    rule, scale = divergence(config.beta), scale / config.temperature
+    for rows, columns, *logits in head.tiles():
+        log_s, log_t = _log_probabilities_(logits, saved.log_normalizers[:, rows])
+        s = log_s.exp()
+        grad = rule.grad_(log_s, log_t, s, saved.divergence_sums[:, rows])
+        grad.mul_((scale * saved.direct[rows]).unsqueeze(-1))
+        if config.entropy_weight:
+            entropy, weight = saved.student_entropy[rows], scale * saved.entropy[rows]
+            add_entropy_grad_(grad, log_s, s, entropy.unsqueeze(-1), weight.unsqueeze(-1))
+        _add_candidates_(grad, rows, columns, saved, scale)
+        yield rows, columns, grad
+
+
+def _add_candidates_(grad: Tensor, rows: slice, columns: slice, saved: Saved, scale: Tensor) -> None:
+    """Add the indirect term's gradient where it falls in this tile; elsewhere add zeros, so no size is read back."""
+    row, column = saved.opener.unsqueeze(-1) - rows.start, saved.columns - columns.start
+    inside = (row >= 0) & (row < grad.shape[0]) & (column >= 0) & (column < grad.shape[1])
+    at = row.clamp(0, grad.shape[0] - 1).expand_as(column), column.clamp(0, grad.shape[1] - 1)
+    grad.index_put_(at, torch.where(inside, saved.columns_grad * scale, 0), accumulate=True)
+
+
+def _log_probabilities_(logits: list[Tensor], log_normalizers: Tensor) -> tuple[Tensor, Tensor]:
+    student, teacher = (z.sub_(n.unsqueeze(-1)) for z, n in zip(logits, log_normalizers, strict=True))
+    return student, teacher
+
+
+def _dtype(head: Head) -> torch.dtype:
+    return torch.float64 if head.student.dtype == torch.float64 else torch.float32
+
+
+class Objective(torch.autograd.Function):
+    """(loss_sum, metrics, num_sequences) of a head's differentiable tensors."""
+
+    @staticmethod
+    def forward(ctx, call: Call, head: Head, *tensors: Tensor):
+        saved, metrics, num_sequences = evaluate(head.bind(*tensors), call)
+        ctx.save_for_backward(*tensors)
+        ctx.head, ctx.state, ctx.config = head.bind(*(t.new_empty(0) for t in tensors)), saved, call.config
+        direct, indirect, entropy = metrics[:3]
+        config = call.config
+        loss_sum = config.direct_weight * direct + config.indirect_kd_alpha * indirect + config.entropy_weight * entropy
+        ctx.mark_non_differentiable(metrics, num_sequences)
+        return loss_sum, metrics, num_sequences
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, loss_grad: Tensor, *_):
+        head = ctx.head.bind(*ctx.saved_tensors)
+        return None, None, *head.backward(gradient(head, ctx.state, ctx.config, loss_grad))

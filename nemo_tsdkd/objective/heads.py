@@ -1,0 +1,166 @@
+"""Where logits come from, tile by tile: from logits tensors, or from hidden states and head weights.
+
+A head knows n tokens and a rank's columns, hands out tiles of both models' logits in fp32 (fp64 where the inputs
+are), and takes tiles of gradient back. One tile of each kind exists at a time; the objective sees nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nemo_tsdkd.objective.terms import FLOOR
+from nemo_tsdkd.vocab_parallel import Overlap
+
+Tile = tuple[slice, slice, Tensor]  # tokens, columns, values [tokens, columns]
+LogitsTile = tuple[slice, slice, Tensor, Tensor]  # the same with student's and teacher's logits
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _spans(length: int, step: int) -> Iterator[slice]:
+    return (slice(first, min(first + step, length)) for first in range(0, length, step))
+
+
+@dataclass(frozen=True)
+class LogitsHead:
+    """Both models' logits as tensors [S, B, V_local]; tiles are runs of tokens over all columns.
+
+    Attributes:
+        student, teacher: logits; the student's may be overwritten by its gradient (`overwrite`).
+        left, right: the teacher's columns [n, c] that other ranks hold (vocab_parallel.Overlap).
+        where: (s, b) of the n tokens.
+        tile_elements: logits of one model in a tile.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    left: Tensor
+    right: Tensor
+    where: tuple[Tensor, Tensor]
+    overlap: Overlap
+    temperature: float
+    tile_elements: int
+    overwrite: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.where[0])
+
+    @property
+    def padded_width(self) -> int:
+        return self.student.shape[-1]
+
+    @property
+    def differentiable(self) -> tuple[Tensor, ...]:
+        return (self.student,)
+
+    def bind(self, student: Tensor) -> LogitsHead:
+        return replace(self, student=student)
+
+    def take(self, index: Tensor) -> LogitsHead:
+        """The same head for some of its tokens."""
+        s, b = self.where
+        return replace(self, where=(s[index], b[index]), left=self.left[index], right=self.right[index])
+
+    def tiles(self) -> Iterator[LogitsTile]:
+        width, (first, end) = self.overlap.width, self.overlap.own
+        dtype = compute_dtype(self.student.dtype)
+        for rows in _spans(self.num_tokens, max(1, self.tile_elements // width)) if width else ():
+            at = self.where[0][rows], self.where[1][rows]
+            teacher = self.teacher[..., first:end][at]
+            if self.left.shape[1] + self.right.shape[1]:
+                teacher = torch.cat([self.left[rows], teacher, self.right[rows]], -1)
+            student = self.student[..., :width][at]
+            yield rows, slice(0, width), *(_scaled_(z.to(dtype), self.temperature) for z in (student, teacher))
+
+    def backward(self, gradient: Iterator[Tile]) -> tuple[Tensor, ...]:
+        """d loss / d student logits; zero for padding columns and for tokens that are not this head's."""
+        grad = self.student.detach() if self.overwrite else torch.zeros_like(self.student)
+        for rows, columns, tile in gradient:
+            grad[..., columns][self.where[0][rows], self.where[1][rows]] = tile.to(grad.dtype)
+        if self.overwrite:
+            others = torch.ones(grad.shape[:2], dtype=torch.bool, device=grad.device)
+            others[self.where] = False
+            grad.masked_fill_(others.unsqueeze(-1), 0)
+            grad[..., self.overlap.width :] = 0
+        return (grad,)
+
+
+@dataclass(frozen=True)
+class FusedHead:
+    """Hidden states [n, H] and vocabulary-sharded weights [V_local, H] of both models.
+
+    Tiles are runs of columns over all tokens, so that each weight is read once a pass and each row of the weight's
+    gradient is one matrix product. Products are taken in the weights' dtype, as Megatron's output layer takes them.
+
+    Attributes:
+        student, teacher: hidden states; teacher's width may differ.
+        student_weight: [V_local, H_s]; columns beyond the true vocabulary are not read and get no gradient.
+        teacher_weight: pieces [c, H_t] that in order stand beside the student's columns (vocab_parallel.Overlap).
+    """
+
+    student: Tensor
+    student_weight: Tensor
+    teacher: Tensor
+    teacher_weight: tuple[Tensor, ...]
+    overlap: Overlap
+    temperature: float
+    tile_elements: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.student)
+
+    @property
+    def padded_width(self) -> int:
+        return len(self.student_weight)
+
+    @property
+    def differentiable(self) -> tuple[Tensor, ...]:
+        return self.student, self.student_weight
+
+    def bind(self, student: Tensor, student_weight: Tensor) -> FusedHead:
+        return replace(self, student=student, student_weight=student_weight)
+
+    def take(self, index: Tensor) -> FusedHead:
+        return replace(self, student=self.student[index], teacher=self.teacher[index])
+
+    def tiles(self) -> Iterator[LogitsTile]:
+        dtype, everyone = compute_dtype(self.student.dtype), slice(0, self.num_tokens)
+        for columns in self._columns():
+            student = self.student @ self.student_weight[columns].T
+            teacher = self.teacher @ self._teacher_rows(columns).T
+            yield everyone, columns, *(_scaled_(z.to(dtype), self.temperature) for z in (student, teacher))
+
+    def _columns(self) -> Iterator[slice]:
+        return (
+            _spans(self.overlap.width, max(1, self.tile_elements // self.num_tokens)) if self.num_tokens else iter(())
+        )
+
+    def _teacher_rows(self, columns: slice) -> Tensor:
+        parts, offset = [], 0
+        for piece in self.teacher_weight:
+            part = piece[max(columns.start - offset, 0) : max(columns.stop - offset, 0)]
+            parts += [part] if len(part) else []
+            offset += len(piece)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def backward(self, gradient: Iterator[Tile]) -> tuple[Tensor, ...]:
+        """d loss / d (student hidden [n, H], student weight [V_local, H]); the former covers this rank's columns."""
+        hidden = torch.zeros_like(self.student, dtype=compute_dtype(self.student.dtype))
+        weight = torch.zeros_like(self.student_weight)
+        for _, columns, tile in gradient:
+            tile = tile.to(weight.dtype)
+            torch.mm(tile.T, self.student, out=weight[columns])
+            hidden += tile @ self.student_weight[columns]
+        return hidden.to(self.student.dtype), weight
+
+
+def _scaled_(z: Tensor, temperature: float) -> Tensor:
+    return (z if temperature == 1 else z.div_(temperature)).clamp_(min=FLOOR)

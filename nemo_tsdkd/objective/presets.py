@@ -1,0 +1,92 @@
+"""Presets: what a config's `preset` sets, and the weight that each token then has in each term."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from nemo_tsdkd.config import ObjectiveConfig
+from nemo_tsdkd.objective.selection import RULES, Tokens
+
+_DIRECT_ONLY = {"gate_rule": "identity", "indirect_kd_alpha": 0.0, "entropy_weight": 0.0}
+_SETS: dict[str, dict] = {
+    "paper": {},
+    "reference": {},
+    "gkd": _DIRECT_ONLY,
+    "forward_kl": {**_DIRECT_ONLY, "beta": 0.0},
+    "reverse_kl": {**_DIRECT_ONLY, "beta": 1.0},
+}
+
+
+def resolve(config: ObjectiveConfig) -> ObjectiveConfig:
+    """The config with its preset's fields set. A baseline is the paper's objective with terms switched off."""
+    return replace(config, **_SETS[config.preset])
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """The weight of each token in the sum over sequences of each term's mean; all fields [n]."""
+
+    direct: Tensor
+    indirect: Tensor
+    entropy: Tensor
+    gate: Tensor  # the gate over the response's length, for the metrics
+    response: Tensor  # 1 / response length
+    opener: Tensor  # 1 / opener length in the opener, else 0
+
+    def stack(self) -> Tensor:
+        return torch.stack([getattr(self, field.name) for field in fields(self)])
+
+
+def token_weights(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
+    return _reference(tokens, config) if config.preset == "reference" else _per_sequence(tokens, config)
+
+
+def _mean(tokens: Tokens, value: Tensor) -> Tensor:
+    """A rule's value as weights of a mean within each sequence (selection.py states the two kinds)."""
+    over = tokens.total(value if value.dtype == torch.bool else tokens.response)
+    return value.to(tokens.student_entropy.dtype) / over.clamp(min=1)
+
+
+def _per_sequence(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
+    gate = RULES[config.gate_rule](tokens, config)
+    opener = RULES[config.opener_rule](tokens, config)
+    uncertain = RULES[config.entropy_rule](tokens, config)
+    response = _mean(tokens, tokens.response)
+    return TokenWeights(
+        direct=_mean(tokens, gate),
+        indirect=_mean(tokens, opener),
+        entropy=_mean(tokens, uncertain),
+        gate=gate.to(tokens.student_entropy.dtype) * response,
+        response=response,
+        opener=_mean(tokens, opener != 0),
+    )
+
+
+def _reference(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
+    """The public trainer's arithmetic (docs/math.md): one mean over the call's tokens, one opener column for all rows.
+
+    Here `tokens` are all positions of the call, since the public entropy term trains the padding too. Its means do
+    depend on how a batch is cut into calls; times the number of sequences they add up like the paper's.
+    """
+    response, entropy = tokens.response, tokens.student_entropy
+    h = entropy[response]
+    running = (h.double() * 2.0**32).round().long().cumsum(0)
+    column = (running < config.threshold * running[-1:].double()).sum()
+    opener = response & (tokens.position < column)
+    uncertain = entropy >= torch.quantile(h, config.threshold) if len(h) else response
+    gate = torch.sigmoid((entropy - tokens.teacher_entropy) / config.gate_temperature) * response
+
+    def mean(chosen: Tensor, value: Tensor) -> Tensor:
+        return value * tokens.num_sequences / chosen.sum().clamp(min=1)
+
+    return TokenWeights(
+        direct=mean(response, gate),
+        indirect=mean(opener, opener.to(entropy.dtype)),
+        entropy=mean(uncertain, uncertain.to(entropy.dtype)),
+        gate=gate / tokens.total(response).clamp(min=1),
+        response=_mean(tokens, response),
+        opener=_mean(tokens, opener),
+    )

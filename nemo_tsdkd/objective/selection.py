@@ -1,0 +1,118 @@
+"""Which tokens each term trains: small rules, by name in one registry.
+
+A rule takes the response tokens of whole sequences and the config, and returns one value per token:
+a boolean choice (the term is the mean over the chosen tokens of a sequence) or a weight (the term is the weighted
+mean over all of the sequence's response). `objective.opener_rule`, `entropy_rule` and `gate_rule` name the rules of
+the indirect, the entropy and the direct term; any rule serves in any place.
+
+Rules see entropies that are bit-equal on all tensor-parallel ranks and return the same choice on each, in any layout:
+sums that are compared are taken in integers, and ties go to the earlier position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from nemo_tsdkd.config import ObjectiveConfig
+
+Rule = Callable[["Tokens", ObjectiveConfig], Tensor]
+RULES: dict[str, Rule] = {}
+
+
+def rule(name: str) -> Callable[[Rule], Rule]:
+    """Register a selection rule under the name that the config uses."""
+
+    def register(function: Rule) -> Rule:
+        if name in RULES:
+            raise ValueError(f"selection rule {name!r} is registered twice. Choose another name.")
+        RULES[name] = function
+        return function
+
+    return register
+
+
+def check_rules(config: ObjectiveConfig) -> None:
+    """Raise ValueError when the config names a rule that is not registered."""
+    for field in ("opener_rule", "entropy_rule", "gate_rule"):
+        name = getattr(config, field)
+        if name not in RULES:
+            raise ValueError(
+                f"objective.{field} = {name!r}: must be one of {', '.join(sorted(RULES))}. "
+                "Choose one of these, or register the rule (CONTRIBUTING.md)."
+            )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of whole sequences, in order of (sequence, position); all fields [n]."""
+
+    student_entropy: Tensor  # nats
+    teacher_entropy: Tensor
+    sequence: Tensor  # int64, ascending
+    position: Tensor  # int64, place in the sequence, prompt included
+    response: Tensor  # bool
+
+    @cached_property
+    def first(self) -> Tensor:
+        """Index of the first token of each token's sequence."""
+        return torch.searchsorted(self.sequence, self.sequence)
+
+    @cached_property
+    def is_first(self) -> Tensor:
+        return self.first == torch.arange(len(self.first), device=self.first.device)
+
+    @cached_property
+    def last(self) -> Tensor:
+        return torch.searchsorted(self.sequence, self.sequence, right=True) - 1
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of integers (or booleans) over each token's own sequence, exact in any order."""
+        running = values.long().cumsum(0)
+        return (running - running[self.first] + values.long()[self.first])[self.last]
+
+    @property
+    def num_sequences(self) -> Tensor:
+        """How many sequences have a response: int64 scalar."""
+        return (self.is_first & (self.total(self.response) > 0)).sum()
+
+    def before(self, values: Tensor) -> Tensor:
+        """Sum of integers over the tokens that precede each one in its sequence."""
+        running = values.cumsum(0) - values
+        return running - running[self.first]
+
+
+@rule("cumulative_entropy")
+def cumulative_entropy(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
+    """The opener: the shortest prefix that holds the share `threshold` of the response's student entropy."""
+    # Fixed point: every rank of every layout adds to the same sum, and 2^-32 nats is below fp32's error.
+    entropy = (tokens.student_entropy.double() * 2.0**32).round().long()
+    return tokens.is_first | (tokens.before(entropy) < config.threshold * tokens.total(entropy).double())
+
+
+@rule("top_fraction")
+def top_fraction(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
+    """The `ceil(entropy_fraction * L)` tokens of each response with the largest student entropy."""
+    order = tokens.student_entropy.sort(dim=0, descending=True, stable=True).indices
+    order = order[tokens.sequence[order].sort(dim=0, stable=True).indices]
+    place = torch.arange(len(order), device=order.device) - tokens.first
+    length = tokens.last - tokens.first + 1
+    chosen = torch.empty_like(tokens.response)
+    chosen[order] = place < torch.ceil(config.entropy_fraction * length.double())
+    return chosen
+
+
+@rule("confidence")
+def confidence(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
+    """The gate: near 1 where the teacher is surer than the student, near 0 where the student is."""
+    return torch.sigmoid((tokens.student_entropy - tokens.teacher_entropy) / config.gate_temperature)
+
+
+@rule("identity")
+def identity(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
+    """Every response token."""
+    return torch.ones_like(tokens.response)

@@ -1,0 +1,100 @@
+"""Where a rank's tokens stand in whole sequences: batches, packed rows, and context parallelism.
+
+Selections and means belong to whole sequences, logits to a rank's slice of them. The two meet here: per-token
+entropies are gathered over `cp_group`, put in order, judged, and the verdicts handed back to each rank's tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_tsdkd.objective.selection import Tokens
+from nemo_tsdkd.vocab_parallel import Group, all_gather, group_rank, group_size
+
+
+def _zigzag(cu_seqlens: Tensor, steps: int, size: int, rank: int) -> tuple[Tensor, Tensor]:
+    """(sequence, position) of each of a rank's `steps` columns.
+
+    Megatron cuts each sequence into 2 * size chunks and gives rank r the r-th from the front and the r-th from the
+    back, which balances causal attention.
+    """
+    column = torch.arange(steps, device=cu_seqlens.device)
+    starts = cu_seqlens // size
+    sequence = torch.searchsorted(starts, column, right=True) - 1
+    offset = column - starts[sequence]
+    if size == 1:
+        return sequence, offset
+    chunk = (cu_seqlens.diff() // (2 * size))[sequence]
+    front = rank * chunk + offset
+    back = (2 * size - 1 - rank) * chunk + offset - chunk
+    return sequence, torch.where(offset < chunk, front, back)
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Sequence and position of every token of the context-parallel group; both [cp * S * B], rank by rank."""
+
+    sequence: Tensor
+    position: Tensor
+    batch: int
+    cp_group: Group
+
+    @classmethod
+    def of(cls, mask: Tensor, cu_seqlens: Tensor | None, cp_group: Group) -> SequenceLayout:
+        """Layout of this rank's mask [S, B]. Raises ValueError when rows or packed sequences cannot be cut so."""
+        (steps, batch), size = mask.shape, group_size(cp_group)
+        if cu_seqlens is None:
+            cu_seqlens = torch.tensor([0, steps * size], device=mask.device)
+        else:
+            _check_packed(cu_seqlens, steps, batch, size)
+            cu_seqlens = cu_seqlens.to(mask.device, torch.int64)
+        if size > 1 and (cu_seqlens % (2 * size)).any():
+            raise ValueError(
+                f"sequence lengths {cu_seqlens.diff().tolist()}: must be multiples of {2 * size} under context "
+                f"parallelism {size}. Pad every sequence to such a length."
+            )
+        places = [_zigzag(cu_seqlens, steps, size, rank) for rank in range(size)]
+        sequence, position = (torch.stack(x).unsqueeze(-1) for x in zip(*places, strict=True))
+        rows = torch.arange(batch, device=mask.device) * (len(cu_seqlens) - 1)
+        return cls((sequence + rows).flatten(), position.expand(-1, -1, batch).flatten(), batch, cp_group)
+
+    def gather(self, mask: Tensor, where: tuple[Tensor, Tensor], entropies: Tensor) -> tuple[Tokens, Tensor]:
+        """Tokens of whole sequences, and the index of each in this layout, from this rank's tokens at `where`.
+
+        Args:
+            mask: response mask [S, B].
+            where: (s, b) of this rank's n tokens.
+            entropies: [2, n], student's and teacher's.
+        """
+        dense = entropies.new_zeros((4, mask.numel()))
+        flat = where[0] * self.batch + where[1]
+        dense[0, flat] = 1
+        dense[1, flat] = mask[where].to(dense.dtype)
+        dense[2:, flat] = entropies
+        included, response, student, teacher = all_gather(dense, self.cp_group).transpose(0, 1).flatten(1)
+        index = included.nonzero().flatten()
+        order = self.sequence[index] * (self.position.max() + 1) + self.position[index]
+        index = index[order.argsort()]
+        at = self.sequence[index], self.position[index]
+        return Tokens(student[index], teacher[index], *at, response[index].bool()), index
+
+    def local(self, values: Tensor, index: Tensor, where: tuple[Tensor, Tensor]) -> Tensor:
+        """This rank's part [m, n] of values [m, tokens] that belong to gather()'s tokens."""
+        dense = values.new_zeros((len(values), len(self.sequence)))
+        dense[:, index] = values
+        mine = dense.unflatten(1, (group_size(self.cp_group), -1))[:, group_rank(self.cp_group)]
+        return mine[:, where[0] * self.batch + where[1]]
+
+
+def _check_packed(cu_seqlens: Tensor, steps: int, batch: int, size: int) -> None:
+    bounds = cu_seqlens.tolist()
+    if batch != 1:
+        raise ValueError(f"cu_seqlens with {batch} rows: a packed call holds one row. Concatenate the rows.")
+    if bounds[0] != 0 or bounds[-1] != steps * size or bounds != sorted(bounds):
+        raise ValueError(
+            f"cu_seqlens = {bounds}: must rise from 0 to the row's length ({steps * size}). "
+            "Count padding at the end of the row as a sequence of its own."
+        )

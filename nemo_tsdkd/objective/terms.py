@@ -1,0 +1,159 @@
+"""The formulas of docs/math.md, each once: its value and, beside it, its gradient with respect to the logits.
+
+Shapes: n tokens, V columns (a tile of a rank's vocabulary columns); z logits after the temperature, log_s and log_t
+log-probabilities of student and teacher. Everything is plain tensor algebra on one rank; sums over columns are
+partial sums that the caller adds over tiles and tensor-parallel ranks. Tiles are large: functions ending in `_`
+overwrite the tiles they are given.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+# Stands for -inf, so that a column without probability gives 0 * finite instead of NaN.
+FLOOR = -1e30
+
+
+class SoftmaxSums(NamedTuple):
+    """What softmax and entropy (eq. 2) need of a row's columns; [n] each, or stacked."""
+
+    peak: Tensor  # max_v z_v
+    mass: Tensor  # sum_v exp(z_v - peak)
+    moment: Tensor  # sum_v exp(z_v - peak) (z_v - peak)
+
+    @classmethod
+    def empty(cls, like: Tensor) -> SoftmaxSums:
+        return cls(torch.full_like(like, FLOOR), torch.zeros_like(like), torch.zeros_like(like))
+
+    @classmethod
+    def of_(cls, z: Tensor) -> SoftmaxSums:
+        peak = z.amax(-1)
+        mass = z.sub_(peak.unsqueeze(-1)).exp()
+        return cls(peak, mass.sum(-1), z.mul_(mass).sum(-1))
+
+    def seen_from(self, peak: Tensor) -> SoftmaxSums:
+        """The same sums relative to a larger peak."""
+        shift = self.peak - peak
+        scale = shift.exp()
+        return SoftmaxSums(peak, scale * self.mass, scale * (self.moment + shift * self.mass))
+
+    def merge(self, other: SoftmaxSums) -> SoftmaxSums:
+        peak = torch.maximum(self.peak, other.peak)
+        a, b = self.seen_from(peak), other.seen_from(peak)
+        return SoftmaxSums(peak, a.mass + b.mass, a.moment + b.moment)
+
+    def log_normalizer(self) -> Tensor:
+        """log sum_v exp z_v; NaN where a row has no column above -inf, so that a dead row cannot pass as uniform."""
+        return torch.where(self.peak <= FLOOR, torch.nan, self.peak + self.mass.log())
+
+    def entropy(self) -> Tensor:
+        """H = -sum_v p_v log p_v in nats; both summands are non-negative, so nothing cancels."""
+        return self.mass.log() - self.moment / self.mass
+
+
+def add_entropy_grad_(grad: Tensor, log_s: Tensor, s: Tensor, entropy: Tensor, weight: Tensor) -> Tensor:
+    """grad += weight * dH/dz with dH/dz_v = -s_v (log s_v + H)."""
+    return grad.sub_(log_s.add_(entropy).mul_(s).mul_(weight))
+
+
+class Divergence(Protocol):
+    """A divergence between teacher t and student s as sums over columns."""
+
+    def sums_(self, log_s: Tensor, log_t: Tensor) -> Tensor:
+        """Partial sums [m, n] over the columns of a tile."""
+
+    def value(self, sums: Tensor) -> Tensor:
+        """Divergence [n] from the complete sums."""
+
+    def grad_(self, log_s: Tensor, log_t: Tensor, s: Tensor, sums: Tensor) -> Tensor:
+        """d value / d z [n, V]; overwrites log_t, keeps log_s and s."""
+
+
+class ForwardKL:
+    """KL(t||s) = sum_v t_v (log t_v - log s_v); d/dz_v = s_v - t_v. The limit beta = 0."""
+
+    def sums_(self, log_s: Tensor, log_t: Tensor) -> Tensor:
+        return log_t.exp().mul_(log_t.sub_(log_s)).sum(-1).unsqueeze(0)
+
+    def value(self, sums: Tensor) -> Tensor:
+        return sums[0]
+
+    def grad_(self, log_s: Tensor, log_t: Tensor, s: Tensor, sums: Tensor) -> Tensor:
+        return torch.sub(s, log_t.exp_(), out=log_t)
+
+
+class ReverseKL:
+    """KL(s||t) = sum_v s_v (log s_v - log t_v); d/dz_v = s_v (log s_v - log t_v - KL). The limit beta = 1."""
+
+    def sums_(self, log_s: Tensor, log_t: Tensor) -> Tensor:
+        return log_s.exp().mul_(log_s.sub_(log_t)).sum(-1).unsqueeze(0)
+
+    def value(self, sums: Tensor) -> Tensor:
+        return sums[0]
+
+    def grad_(self, log_s: Tensor, log_t: Tensor, s: Tensor, sums: Tensor) -> Tensor:
+        return torch.sub(log_s, log_t, out=log_t).sub_(sums[0].unsqueeze(-1)).mul_(s)
+
+
+class JensenShannon:
+    """beta KL(t||m) + (1 - beta) KL(s||m) with m = beta t + (1 - beta) s (eq. 4), for 0 < beta < 1.
+
+    d/dz_v = (1 - beta) s_v (log(s_v / m_v) - KL(s||m)).
+
+    With d = log t - log s both ratios come from one quantity that neither cancels at d = 0 nor overflows:
+    L = -log1p(w expm1(-|d|)), w = 1 - beta where d >= 0, else beta; log(t/m) = L + min(d, 0), log(s/m) = L - max(d, 0).
+    """
+
+    def __init__(self, beta: float):
+        self.beta = beta
+
+    def _common_(self, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+        """(L, d); d takes log_t's place."""
+        d = torch.sub(log_t, log_s, out=log_t)
+        common = d.abs().neg_().expm1_()
+        common.mul_(torch.where(d >= 0, d.new_tensor(1 - self.beta), d.new_tensor(self.beta)))
+        return common.log1p_().neg_(), d
+
+    def sums_(self, log_s: Tensor, log_t: Tensor) -> Tensor:
+        t = log_t.exp()
+        common, d = self._common_(log_s, log_t)
+        teacher = t.mul_(torch.clamp(d, max=0).add_(common)).sum(-1)
+        student = log_s.exp_().mul_(common.sub_(d.clamp_(min=0))).sum(-1)
+        return torch.stack([teacher, student])
+
+    def value(self, sums: Tensor) -> Tensor:
+        return self.beta * sums[0] + (1 - self.beta) * sums[1]
+
+    def grad_(self, log_s: Tensor, log_t: Tensor, s: Tensor, sums: Tensor) -> Tensor:
+        common, d = self._common_(log_s, log_t)
+        return common.sub_(d.clamp_(min=0)).sub_(sums[1].unsqueeze(-1)).mul_(s).mul_(1 - self.beta)
+
+
+def divergence(beta: float) -> Divergence:
+    if beta == 0:
+        return ForwardKL()
+    return ReverseKL() if beta == 1 else JensenShannon(beta)
+
+
+def plackett_luce(z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood [n] of the ranking z [n, k], best candidate first (eq. 3), and its gradient [n, k].
+
+    value = sum_j (lse_j - z_j), lse_j = logsumexp_{i >= j} z_i; d/dz_i = -1 + sum_{j <= i} exp(z_i - lse_j).
+    Candidates that are not `valid` take no part.
+    """
+    z = z.masked_fill(~valid, -math.inf)
+    lse = z.flip(-1).logcumsumexp(-1).flip(-1)
+    value = torch.where(valid, lse - z, 0).sum(-1)
+    share = (z + torch.where(valid, -lse, -math.inf).logcumsumexp(-1)).exp()
+    return value, torch.where(valid, share - 1, 0)
+
+
+def rank_agreement(place: Tensor) -> Tensor:
+    """Share [n] of pairs that place [n, k] keeps in order: 1 for the identity, 0 for the reverse, 1 where k = 1."""
+    k, pairs = place.shape[-1], place.shape[-1] * (place.shape[-1] - 1) // 2
+    kept = sum(((place[:, d:] > place[:, :-d]).sum(-1) for d in range(1, k)), start=place.new_zeros(len(place)))
+    return kept.double() / pairs if pairs else torch.ones_like(kept, dtype=torch.float64)

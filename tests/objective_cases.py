@@ -1,0 +1,128 @@
+"""Cases for the objective and the way a layout cuts them, shared by the unit and the multi-rank tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import oracle
+import torch
+from torch import Tensor
+
+from nemo_tsdkd.objective import ObjectiveConfig
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+GARBAGE = 60.0  # fills padding columns, so that one that leaks would rule the softmax
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes, paddings and settings; tensors come from `seed`."""
+
+    config: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    steps: int = 16
+    batch: int = 3
+    vocab_size: int = 41
+    student_padding: int = 0  # columns a rank's shard has beyond the smallest even share
+    teacher_padding: int = 0
+    cu_seqlens: tuple[int, ...] | None = None
+    ties: bool = False  # logits on a coarse grid: many equal scores
+    scale: float = 3.0
+    student_size: int = 5  # hidden sizes, for the fused head
+    teacher_size: int = 7
+    seed: int = 0
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """student, teacher [S, B, V]; mask [S, B]: ragged responses, and none in the last row of several."""
+        g = torch.Generator().manual_seed(self.seed)
+        shape = (self.steps, self.batch, self.vocab_size)
+        student, teacher = (self.scale * torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(2))
+        if self.ties:
+            student, teacher = student.round(), teacher.round()
+        mask = torch.rand(self.steps, self.batch, generator=g) < 0.6
+        mask[0] = True
+        if self.batch > 1:
+            mask[:, -1] = False
+        if self.cu_seqlens:
+            mask[self.cu_seqlens[-2] :] = False
+        return {"student": student.to(dtype), "teacher": teacher.to(dtype), "mask": mask}
+
+    def hidden(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Hidden states [S, B, H] and weights [V, H] of both models."""
+        g = torch.Generator().manual_seed(self.seed + 1)
+
+        def draw(*shape):
+            return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+
+        sizes = {"student": self.student_size, "teacher": self.teacher_size}
+        drawn = {f"{m}_hidden": draw(self.steps, self.batch, size) for m, size in sizes.items()}
+        return drawn | {f"{m}_weight": draw(self.vocab_size, size) for m, size in sizes.items()}
+
+    def width(self, tp: int, padding: int) -> int:
+        return -(-self.vocab_size // tp) + padding
+
+
+def vocab_shard(full: Tensor, dim: int, width: int, rank: int, tp: int) -> Tensor:
+    """Rank's columns of `full` padded with garbage to tp * width."""
+    shape = list(full.shape)
+    shape[dim] = tp * width - shape[dim]
+    return torch.cat([full, full.new_full(shape, GARBAGE)], dim).narrow(dim, rank * width, width).contiguous()
+
+
+def sequence_shard(steps: int, cu_seqlens: tuple[int, ...] | None, rank: int, cp: int) -> Tensor:
+    """Row indices that a context-parallel rank holds: of each sequence one chunk from the front, one from the back."""
+    rows: list[int] = []
+    bounds = cu_seqlens or (0, steps)
+    for first, end in pairwise(bounds):
+        chunk = (end - first) // (2 * cp)
+        for part in (rank, 2 * cp - 1 - rank):
+            rows += range(first + part * chunk, first + (part + 1) * chunk)
+    return torch.tensor(rows) if cp > 1 else torch.arange(steps)
+
+
+def expected(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The oracle's loss_sum and gradient [S, B, V] for the case's logits."""
+    x = case.tensors(dtype)
+    student = x["student"].double().requires_grad_()
+    cu = list(case.cu_seqlens) if case.cu_seqlens else None
+    loss = oracle.loss_sum(student, x["teacher"], x["mask"], case.config, case.vocab_size, cu)
+    loss.backward()
+    return loss.detach(), student.grad
+
+
+def expected_from_hidden(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The oracle's loss_sum and its gradients for the student's hidden states and weight."""
+    x = {name: value.double() for name, value in case.hidden(dtype).items()}
+    hidden, weight = x["student_hidden"].requires_grad_(), x["student_weight"].requires_grad_()
+    teacher = x["teacher_hidden"] @ x["teacher_weight"].T
+    cu = list(case.cu_seqlens) if case.cu_seqlens else None
+    mask = case.tensors(dtype)["mask"]
+    loss = oracle.loss_sum(hidden @ weight.T, teacher, mask, case.config, case.vocab_size, cu)
+    loss.backward()
+    return loss.detach(), hidden.grad, weight.grad
+
+
+def error(value: Tensor, target: Tensor) -> float:
+    """Largest difference, relative to the target's largest entry."""
+    assert value.shape == target.shape, (value.shape, target.shape)
+    if not target.numel():
+        return 0.0
+    return float((value.double() - target).abs().max() / target.abs().max().clamp(min=1e-30))
+
+
+def presets(**fields) -> dict[str, ObjectiveConfig]:
+    """Every preset and every edge of its fields, by name."""
+    configs = {
+        "paper": {},
+        "reference": {"preset": "reference", "threshold": 0.4},
+        "gkd": {"preset": "gkd", "beta": 0.5},
+        "forward_kl": {"preset": "forward_kl"},
+        "reverse_kl": {"preset": "reverse_kl"},
+        "beta_0": {"beta": 0.0},
+        "beta_1": {"beta": 1.0},
+        "warm": {"temperature": 2.5, "gate_temperature": 0.3},
+        "indirect_only": {"direct_weight": 0.0, "entropy_weight": 0.0, "threshold": 0.7},
+        "entropy_only": {"direct_weight": 0.0, "indirect_kd_alpha": 0.0, "entropy_fraction": 0.55},
+        "whole": {"threshold": 1.0, "entropy_fraction": 1.0, "top_k": 1},
+    }
+    return {name: ObjectiveConfig(**{**fields, **given}) for name, given in configs.items()}
