@@ -1,0 +1,246 @@
+"""Each rule of the configuration, every file of conf/, and what Hydra may be told."""
+
+import dataclasses
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tiny_hf
+from omegaconf import OmegaConf
+
+from nemo_tsdkd.check import check_model_fits, check_setup
+from nemo_tsdkd.compose import CONF, compose_config
+from nemo_tsdkd.config import ParallelConfig, TrainConfig
+
+PATHS = ("run_dir=run", "student.path=student", "teacher.path=teacher", "data.path=data.jsonl")
+GROUPS = [f.name for f in dataclasses.fields(TrainConfig) if dataclasses.is_dataclass(f.default_factory)]
+
+
+@cache
+def base():
+    return compose_config("tiny", PATHS)
+
+
+def tiny(*changes):
+    """The tiny configuration with fields set by their dotted names (as Hydra would, but faster)."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base()), OmegaConf.from_dotlist(list(changes))))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
+def test_every_configuration_composes_and_is_valid(name):
+    config = compose_config(name, PATHS)
+    config.validate()
+    assert isinstance(config, TrainConfig)
+
+
+@pytest.mark.parametrize("path", sorted(p for g in GROUPS for p in (CONF / g).glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_group_file_composes_and_sets_what_it_says(path):
+    group = path.parent.name
+    config = compose_config("tiny", [*PATHS, f"{group}={path.stem}"])
+    config.validate()
+    for key, value in OmegaConf.load(path).items():
+        assert getattr(getattr(config, group), key) == value
+
+
+def test_no_yaml_file_escapes_the_tests():
+    known = {*CONF.glob("*.yaml"), *(p for g in GROUPS for p in (CONF / g).glob("*.yaml"))}
+    others = set(CONF.rglob("*.yaml")) - known
+    assert all(OmegaConf.load(path) for path in others)  # groups of other commands: parsed here, used in their tests
+
+
+def test_overrides_and_groups():
+    config = compose_config("demo", ["objective=gkd", "objective.beta=0.25", "data.limit=5", "rollout.lmbda=1"])
+    assert (config.objective.preset, config.objective.beta, config.data.limit) == ("gkd", 0.25, 5)
+    assert config.rollout.lmbda == 1.0 and config.parallel.world_size == 4
+
+
+def test_a_folder_of_ones_own_builds_on_conf(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [tiny, {override objective: gkd}, _self_]\nseed: 7\n")
+    config = compose_config("mine", PATHS, tmp_path)
+    assert (config.seed, config.objective.preset, config.max_steps) == (7, "gkd", tiny().max_steps)
+    with pytest.raises(ValueError, match="no such folder"):
+        compose_config("mine", PATHS, tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objective.betta=1", "'betta' not in 'ObjectiveConfig' at objective.betta"),
+        ("+objective.betta=1", "'betta' not in 'ObjectiveConfig' at objective.betta"),
+        ("+_target_=os.system", "'_target_' not in 'TrainConfig' at _target_"),
+        ("+objective._target_=os.system", "'_target_' not in 'ObjectiveConfig' at objective._target_"),
+        ("objective.beta=high", "'high' .* could not be converted to Float at objective.beta"),
+        ("max_steps=1.5", "'1.5' .* could not be converted to Integer at max_steps"),
+        ("objective.beta=null", "'objective.beta' is not Optional"),
+        ("objective=nope", "Could not find 'objective/nope' Available options in 'objective': .* gkd"),
+        ("seed", "Error parsing override 'seed'"),
+        ("run_dir=${oc.env:UNSET_IN_TESTS}", "'UNSET_IN_TESTS' not found\" at run_dir"),
+        ("seed=1,2", "Ambiguous value for argument 'seed=1,2'"),
+    ],
+)
+def test_what_hydra_refuses_is_one_error_that_names_it(override, message):
+    with pytest.raises(ValueError, match=f"configuration 'tiny': .*{message}"):
+        compose_config("tiny", [*PATHS, override])
+
+
+@pytest.mark.parametrize("key", ["_target_", "_partial_", "_convert_"])
+def test_no_file_can_name_code(tmp_path, key):
+    (tmp_path / "bad.yaml").write_text(f"defaults: [tiny, _self_]\nstudent:\n  {key}: os.system\n")
+    with pytest.raises(ValueError, match=f"'{key}' not in 'ModelConfig' at student.{key}"):
+        compose_config("bad", PATHS, tmp_path)
+
+
+def test_a_file_that_is_not_yaml_is_named(tmp_path):
+    (tmp_path / "bad.yaml").write_text("student: [\n")
+    with pytest.raises(ValueError, match=r"configuration 'bad': .*bad.yaml.*, line 2"):
+        compose_config("bad", PATHS, tmp_path)
+
+
+def test_open_fields_are_named():
+    with pytest.raises(ValueError, match=r"'tiny' leaves open: data.path, run_dir, teacher.path"):
+        compose_config("tiny", ["student.path=s"])
+    with pytest.raises(ValueError, match=r"run_dir, student.path, teacher.path, data.path = '\?\?\?': must be set"):
+        TrainConfig().validate()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("max_steps=0", "max_steps = 0: must be greater than 0"),
+        ("micro_batch_size=-1", "micro_batch_size = -1: must be greater"),
+        ("seed=-1", "seed = -1: must not be negative"),
+        ("objective.preset=best", "objective.preset = 'best': must be one of paper, reference"),
+        ("objective.head=dense", "objective.head = 'dense': must be one of logits, fused"),
+        ("objective.beta=1.01", r"objective.beta = 1.01: must lie in \[0, 1\]"),
+        ("objective.beta=.nan", "objective.beta = nan: must lie"),
+        ("objective.threshold=-0.1", "objective.threshold = -0.1"),
+        ("objective.entropy_fraction=2", "objective.entropy_fraction = 2.0"),
+        ("objective.top_k=0", "objective.top_k = 0"),
+        ("objective.temperature=0", "objective.temperature = 0.0"),
+        ("objective.gate_temperature=0", "objective.gate_temperature = 0.0"),
+        ("objective.entropy_weight=-1", "objective.entropy_weight = -1.0"),
+        ("teacher.micro_batch_size=0", "teacher.micro_batch_size = 0"),
+        ("teacher.offload=disk", "teacher.offload = 'disk': must be one of none, cpu"),
+        ("data.seq_length=1", "data.seq_length = 1"),
+        ("data.limit=0", "data.limit = 0"),
+        ("rollout.lmbda=1.5", "rollout.lmbda = 1.5"),
+        ("rollout.top_p=0", "rollout.top_p = 0.0: must be greater"),
+        ("rollout.top_k=-1", "rollout.top_k = -1"),
+        ("rollout.temperature=-1", "rollout.temperature = -1.0"),
+        ("rollout.reuse=0", "rollout.reuse = 0"),
+        ("rollout.max_new_tokens=64", "rollout.max_new_tokens = 64: must be fewer than data.seq_length = 64"),
+        ("optim.lr=0", "optim.lr = 0.0"),
+        ("optim.min_lr=1", "optim.min_lr = 1.0: must not exceed optim.lr = 0.001"),
+        ("optim.warmup_steps=3", "optim.warmup_steps = 3: must be fewer than max_steps = 3"),
+        ("optim.adam_beta1=1.5", "optim.adam_beta1 = 1.5"),
+        ("checkpoint.every_n_steps=0", "checkpoint.every_n_steps = 0"),
+        ("checkpoint.keep_every=-1", "checkpoint.keep_every = -1"),
+        ("parallel.context_parallel_size=0", "parallel.context_parallel_size = 0"),
+        ("parallel.sequence_parallel=true", "sequence_parallel = True: needs parallel.tensor_model_parallel_size > 1"),
+        ("parallel.tensor_model_parallel_size=2", "gpus_per_node = 1: must be a multiple of TP x PP x CP = 2"),
+        ("parallel.gpus_per_node=3", "global_batch_size = 4: must be a multiple of .* = 2 x 3. Use 6."),
+    ],
+)
+def test_each_rule_names_its_field_and_value(overrides, message):
+    tiny().validate()
+    with pytest.raises(ValueError, match=message):
+        tiny(*overrides.split()).validate()
+
+
+def test_off_policy_needs_no_room_for_new_tokens():
+    tiny("rollout.max_new_tokens=64", "rollout.lmbda=0").validate()
+
+
+def test_top_k_above_the_vocabulary():
+    objective = tiny("objective.top_k=101").objective
+    objective.validate(vocab_size=101)
+    with pytest.raises(ValueError, match=r"objective.top_k = 101: must not exceed the vocabulary \(100 tokens\)"):
+        objective.validate(vocab_size=100)
+
+
+@pytest.mark.parametrize(
+    ("layout", "want"),
+    [
+        ({}, 1),
+        ({"tensor_model_parallel_size": 4}, 1),
+        ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, 4),
+        ({"context_parallel_size": 2}, 4),
+        ({"tensor_model_parallel_size": 2, "sequence_parallel": True, "context_parallel_size": 2}, 8),
+    ],
+)
+def test_pad_to_multiple(layout, want):
+    assert ParallelConfig(**layout).pad_to_multiple == want
+
+
+def test_sizes_of_a_cluster():
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=4, pipeline_model_parallel_size=2, num_nodes=4, gpus_per_node=8
+    )
+    config = replace(tiny(), parallel=parallel)
+    assert (config.parallel.world_size, config.parallel.model_parallel_size, config.data_parallel_size) == (32, 8, 4)
+
+
+QWEN2_5_1_5B = {
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+}
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "change", "message"),
+    [
+        (2, 4, {}, None),
+        (4, 1, {}, "tensor_model_parallel_size = 4: must divide the student's num_key_value_heads = 2"),
+        (8, 1, {}, "tensor_model_parallel_size = 8: must divide the student's num_attention_heads = 12"),
+        (2, 1, {"intermediate_size": 8961}, "must divide the student's intermediate_size = 8961"),
+        (1, 8, {}, "pipeline_model_parallel_size = 8: must divide the student's num_hidden_layers = 28"),
+    ],
+)
+def test_a_model_must_be_cut_into_equal_parts(tp, pp, change, message):
+    parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    if message is None:
+        check_model_fits(QWEN2_5_1_5B | change, parallel, "student")
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_model_fits(QWEN2_5_1_5B | change, parallel, "student")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    tiny_hf.save_hf(folder / "student", num_hidden_layers=2)
+    tiny_hf.save_hf(folder / "teacher", num_hidden_layers=4, vocab_size=512)
+    return [f"student.path={folder}/student", f"teacher.path={folder}/teacher"]
+
+
+def test_check_setup_reads_both_models(pair):
+    shapes = check_setup(tiny(*pair))
+    assert [(shapes[which].layers, shapes[which].vocab) for which in ("student", "teacher")] == [(2, 330), (4, 512)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("teacher.path=/nowhere", "teacher.path = '/nowhere': no such folder"),
+        ("objective.top_k=331", r"objective.top_k = 331: must not exceed the vocabulary \(330 tokens\)"),
+        ("parallel.pipeline_model_parallel_size=4 parallel.gpus_per_node=4", "student's num_hidden_layers = 2"),
+        ("parallel.tensor_model_parallel_size=4 parallel.gpus_per_node=4", "student's num_key_value_heads = 2"),
+        ("precision.name=fp8", "precision.name = 'fp8'"),
+        ("teacher.precision=fp8_delayed", "teacher.precision = 'fp8_delayed': delayed scaling is not offered"),
+        ("precision.name=fp8_tensorwise data.seq_length=68 micro_batch_size=1", "data.seq_length = 68"),
+    ],
+)
+def test_check_setup_finds_what_cannot_run(pair, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        check_setup(tiny(*pair, *overrides.split()))
+
+
+def test_a_pickled_checkpoint_is_refused(tmp_path, pair):
+    student = Path(pair[0].split("=")[1])
+    (tmp_path / "config.json").write_bytes((student / "config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match="its weights are a pickle"):
+        check_setup(tiny(*pair, f"student.path={tmp_path}"))
