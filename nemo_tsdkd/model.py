@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from nemo.collections import llm
+from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
 import nemo_tsdkd.megatron  # noqa: F401  first: the CPU stand-in, where there is no GPU
-from nemo.collections import llm
-from nemo.lightning.megatron_parallel import MegatronLossReduction
 from nemo_tsdkd.batch import MicroBatch, make_micro_batches
 from nemo_tsdkd.checkpoint import load_weights
 from nemo_tsdkd.config import TrainConfig
@@ -29,6 +29,7 @@ from nemo_tsdkd.megatron.gpt import (
     vocab_parallel_logits,
 )
 from nemo_tsdkd.objective import ObjectiveOutput, tsdkd_loss
+from nemo_tsdkd.precision import pad_to_multiple
 from nemo_tsdkd.rollout import Response
 from nemo_tsdkd.sampling import on_policy
 from nemo_tsdkd.teacher import Teacher
@@ -129,7 +130,7 @@ class TSDKDModel(llm.GPTModel):
             [response.token_ids for response in responses],
             micro_batch_size=self.run.micro_batch_size,
             pad_id=self.vocabulary.pad_id,
-            pad_to_multiple=self.run.parallel.pad_to_multiple,
+            pad_to_multiple=pad_to_multiple(self.run),
             device=torch.cuda.current_device(),
         )
         scale = len(micro_batches) / self._mean_sequences(micro_batches)

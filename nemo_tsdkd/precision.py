@@ -137,6 +137,15 @@ def token_multiple(config: TrainConfig, name: str) -> int:
     return ranks * (FP8[name].token_multiple if name in FP8 else 1)
 
 
+def pad_to_multiple(config: TrainConfig) -> int:
+    """What every padded sequence length must be a multiple of: the layout's shards and both models' kernels."""
+    return math.lcm(
+        config.parallel.pad_to_multiple,
+        token_multiple(config, config.precision.name),
+        token_multiple(config, config.teacher.precision),
+    )
+
+
 def check_engine(config: TrainConfig) -> None:
     """Refuse FP8 where Transformer Engine, CUDA or the GPU cannot run it; nothing for bf16 and fp32.
 

@@ -39,6 +39,7 @@ class Teacher:
         load_weights(self.module, checkpoint)
         self.module.to(device=torch.cuda.current_device(), dtype=gpt_config.params_dtype)
         self.module.eval().requires_grad_(False)
+        self.module.set_is_first_microbatch()  # FP8: quantize these weights, not what a cache remembers
         self.is_last_stage = self.module.post_process
         self._parked = ParkedWeights(self.module) if config.park else None
 

@@ -94,4 +94,10 @@ class SaveAndStop(pl.Callback):
 
 
 def save(trainer: pl.Trainer, run_dir: Path, config: CheckpointConfig) -> None:
-    trainer.save_checkpoint(run_dir / "checkpoints" / f"step_{trainer.global_step}")
+    """Write `checkpoints/step_N`, then what the job script reads: `last_step`, and `FINISHED` after the last one."""
+    step = trainer.global_step
+    trainer.save_checkpoint(run_dir / "checkpoints" / f"step_{step}")
+    if trainer.is_global_zero:
+        (run_dir / "last_step").write_text(f"{step}\n")
+        if step == trainer.max_steps:
+            (run_dir / "FINISHED").touch()

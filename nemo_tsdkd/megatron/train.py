@@ -12,6 +12,7 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections import llm
 
+from nemo_tsdkd.check import check_setup
 from nemo_tsdkd.checkpoint import gpt_config, padded_vocab_size, resolve
 from nemo_tsdkd.config import TrainConfig
 from nemo_tsdkd.data import PromptDataset, check_same_tokenizer, eos_token_ids, load_tokenizer
@@ -20,8 +21,7 @@ from nemo_tsdkd.megatron.datamodule import SampleModule
 from nemo_tsdkd.megatron.strategy import TSDKDStrategy
 from nemo_tsdkd.metrics import save_provenance
 from nemo_tsdkd.model import Checkpoints, TSDKDModel, Vocabulary
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from nemo_tsdkd.precision import check_engine, model_settings, plugin_settings
 
 
 def train(config: TrainConfig) -> None:
@@ -31,7 +31,8 @@ def train(config: TrainConfig) -> None:
         ValueError: a configuration, checkpoint or data set that cannot be trained, before any model is built.
         FloatingPointError: a loss or gradient that is not finite, on every rank.
     """
-    config.validate()
+    check_setup(config)
+    check_engine(config)
     run_dir = Path(config.run_dir)
     model, data = build_model(config, run_dir), build_data(config)
     if os.environ["RANK"] == "0":
@@ -43,9 +44,7 @@ def train(config: TrainConfig) -> None:
 def build_data(config: TrainConfig) -> SampleModule:
     tokenizer = load_tokenizer(config.student.path)
     check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.path))
-    return SampleModule(
-        PromptDataset.load(config.data, tokenizer, need_response=config.rollout.lmbda < 1), config
-    )
+    return SampleModule(PromptDataset.load(config.data, tokenizer, need_response=config.rollout.lmbda < 1), config)
 
 
 def build_model(config: TrainConfig, run_dir: Path) -> TSDKDModel:
@@ -56,8 +55,8 @@ def build_model(config: TrainConfig, run_dir: Path) -> TSDKDModel:
     eos_ids = eos_token_ids(tokenizer, config.student.path)
     vocabulary = Vocabulary(size=len(tokenizer), pad_id=eos_ids[0], eos_ids=tuple(eos_ids))
     config.objective.validate(vocab_size=vocabulary.size)
-    for gpt, precision in ((student_config, config.precision.name), (teacher_config, config.teacher.precision)):
-        set_layout(gpt, config, DTYPES[precision])
+    set_layout(student_config, config, model_settings(config.precision.name, config.precision.first_last_layers_bf16))
+    set_layout(teacher_config, config, model_settings(config.teacher.precision))
     width = padded_vocab_size(
         student_config.vocab_size,
         teacher_config.vocab_size,
@@ -69,8 +68,8 @@ def build_model(config: TrainConfig, run_dir: Path) -> TSDKDModel:
     )
 
 
-def set_layout(gpt: llm.GPTConfig, config: TrainConfig, dtype: torch.dtype) -> None:
-    """Give one model the run's layout and arithmetic; NeMo's strategy would do so for the student alone."""
+def set_layout(gpt: llm.GPTConfig, config: TrainConfig, arithmetic: dict[str, Any]) -> None:
+    """Give one model the run's layout and its arithmetic; NeMo's strategy would do so for the student alone."""
     p = config.parallel
     gpt.tensor_model_parallel_size = p.tensor_model_parallel_size
     gpt.pipeline_model_parallel_size = p.pipeline_model_parallel_size
@@ -78,9 +77,10 @@ def set_layout(gpt: llm.GPTConfig, config: TrainConfig, dtype: torch.dtype) -> N
     gpt.sequence_parallel = p.sequence_parallel
     gpt.seq_length = config.data.seq_length
     gpt.variable_seq_lengths = p.pipeline_model_parallel_size > 1  # each micro-batch is padded to its own longest row
-    gpt.params_dtype = gpt.pipeline_dtype = dtype
-    gpt.bf16 = dtype == torch.bfloat16
+    gpt.moe_token_dispatcher_type = "alltoall"  # Megatron asks for it with variable lengths, experts or none
     gpt.fp16 = False
+    for name, value in arithmetic.items():
+        setattr(gpt, name, value)
 
 
 def build_optimizer(config: TrainConfig) -> nl.MegatronOptimizerModule:
@@ -104,13 +104,13 @@ def build_optimizer(config: TrainConfig) -> nl.MegatronOptimizerModule:
 
 def build_trainer(config: TrainConfig, callbacks: list[Any]) -> nl.Trainer:
     p, on_gpu = config.parallel, torch.cuda.is_available()
-    bf16 = config.precision.name != "fp32"
+    precision = plugin_settings(config.precision.name, config.precision.first_last_layers_bf16)
     strategy = TSDKDStrategy(
         tensor_model_parallel_size=p.tensor_model_parallel_size,
         pipeline_model_parallel_size=p.pipeline_model_parallel_size,
         context_parallel_size=p.context_parallel_size,
         sequence_parallel=p.sequence_parallel,
-        pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
+        pipeline_dtype=precision["pipeline_dtype"],
         ckpt_async_save=config.checkpoint.async_save,
         ckpt_optim_fully_reshardable=True,  # resume on another TP x PP x DP
         replace_progress_bar=False,
@@ -127,7 +127,7 @@ def build_trainer(config: TrainConfig, callbacks: list[Any]) -> nl.Trainer:
         devices=p.gpus_per_node,
         num_nodes=p.num_nodes,
         strategy=strategy,
-        plugins=nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16) if bf16 else None,
+        plugins=nl.MegatronMixedPrecision(**precision),
         max_steps=config.max_steps,
         limit_val_batches=0,
         num_sanity_val_steps=0,
