@@ -1,0 +1,37 @@
+# Two commands from a bare checkout: `make demo` and `make test`. All of it lives in .venv and runs/.
+PYTHON ?= python3.11
+BIN := .venv/bin
+SCRIPTS := .ci/run $(wildcard slurm/*.sh tests/slurm/*.sh)
+INSTALLED := .venv/.installed
+
+.PHONY: setup lab check test demo bench
+.NOTPARALLEL:
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --editable '.[demo,evaluate,test,bench]'
+	touch $@
+
+# The Slurm lab of tests/slurm needs Debian packages; without root its tests skip and say so.
+lab:
+	if [ "$$(id -u)" = 0 ] && ! command -v slurmctld > /dev/null; then tests/slurm/install.sh; fi
+
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/shellcheck --severity=warning $(SCRIPTS)
+
+test: setup lab check
+	$(BIN)/pytest
+
+demo: setup
+	$(BIN)/python demo/run.py
+
+bench: setup
+	mkdir -p runs/benchmarks
+	set -e; for file in benchmarks/*.py; do \
+	  $(BIN)/python "$$file" --json "runs/benchmarks/$$(basename "$$file" .py).json"; \
+	done

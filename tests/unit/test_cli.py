@@ -1,0 +1,126 @@
+"""The command as a user types it: help, errors and exit status, without the heavy stack."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+import tiny_hf
+from omegaconf import OmegaConf
+
+import nemo_tsdkd.cli
+from nemo_tsdkd.config import TrainConfig
+
+OPEN = ["run_dir=run", "student.path=/nowhere", "teacher.path=/nowhere", "data.path=data.jsonl"]
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_LOCALID"):
+        monkeypatch.setenv(name, "0")  # so that monkeypatch takes back whatever launch.environment() sets
+        monkeypatch.delenv(name)
+
+
+def run(capsys, *argv):
+    """(exit status, stdout, stderr) of `nemo-tsdkd *argv`."""
+    status = 0
+    try:
+        nemo_tsdkd.cli.main(argv)
+    except SystemExit as e:
+        status = e.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny_hf.save_hf(folder / "model")
+    return [
+        f"run_dir={folder}/run",
+        f"student.path={folder}/model",
+        f"teacher.path={folder}/model",
+        "data.path=d.jsonl",
+    ]
+
+
+def test_help_names_every_command(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    assert all(
+        f"  {name}" in out for name in ("train", "check", "import", "export", "generate", "evaluate", "preflight")
+    )
+
+
+def test_check_prints_a_configuration_that_can_be_read_back(capsys, overrides):
+    status, out, _ = run(capsys, "check", "--config-name", "tiny", *overrides, "objective.beta=0.5")
+    assert status == 0
+    config = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.create(out))
+    assert config.objective.beta == 0.5
+    assert "# valid for 1 ranks: TP 1 x PP 1 x CP 1 x DP 1\n# the fullest GPU needs about" in out
+
+
+def test_options_and_overrides_mix(capsys, overrides):
+    plain = run(capsys, "check", "--config-name", "tiny", *overrides, "seed=3")
+    assert run(capsys, "check", "seed=3", "--config-name", "tiny", "--", *overrides) == plain
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_bad_input_is_one_line_and_status_2(capsys, command):
+    for arguments, message in {
+        (): "leaves open: data.path, run_dir, student.path, teacher.path",
+        ("objective.betta=1",): "Key 'betta' not in 'ObjectiveConfig' at objective.betta.",
+        (*OPEN, "objective.beta=2"): "objective.beta = 2.0: must lie in [0, 1].",
+        tuple(OPEN): "student.path = '/nowhere': no such folder.",
+    }.items():
+        status, out, err = run(capsys, command, "--config-name", "tiny", *arguments)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith("nemo-tsdkd: error: ") and message in err
+
+
+def test_the_error_s_origin_on_request():
+    with pytest.raises(ValueError, match="leaves open"):
+        nemo_tsdkd.cli.main(["--traceback", "check", "--config-name", "tiny"])
+
+
+def test_one_rank_a_node_speaks(capsys, monkeypatch):
+    for variable in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.setenv(variable, "1")
+        assert run(capsys, "check", "--config-name", "tiny") == (2, "", "")
+        monkeypatch.delenv(variable)
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    def main(argv):
+        raise KeyError("a defect")
+
+    monkeypatch.setitem(sys.modules, "nemo_tsdkd.preflight", types.SimpleNamespace(main=main))
+    with pytest.raises(KeyError):
+        nemo_tsdkd.cli.main(["preflight"])
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    configs = []
+    stand_in = types.SimpleNamespace(train=configs.append)  # the real one is tested in tests/stack
+    monkeypatch.setitem(sys.modules, "nemo_tsdkd.megatron", types.SimpleNamespace(train=stand_in))
+    monkeypatch.setitem(sys.modules, "nemo_tsdkd.megatron.train", stand_in)
+    return configs
+
+
+def test_train_gets_the_typed_configuration(capsys, overrides, trained):
+    assert run(capsys, "train", "--config-name", "tiny", *overrides, "objective=gkd", "seed=9") == (0, "", "")
+    assert [(type(c), c.seed, c.objective.preset) for c in trained] == [(TrainConfig, 9, "gkd")]
+
+
+def test_train_needs_as_many_ranks_as_the_layout(capsys, overrides, trained):
+    status, _, err = run(capsys, "train", "--config-name", "tiny", *overrides, "parallel.gpus_per_node=2")
+    assert status == 2 and "parallel.gpus_per_node = 2: but 1 ranks were started" in err and trained == []
+
+
+def test_console_script_and_module_are_the_same():
+    for command in (["nemo-tsdkd"], [sys.executable, "-m", "nemo_tsdkd"]):
+        command[0] = command[0].replace("nemo-tsdkd", f"{sys.prefix}/bin/nemo-tsdkd")
+        done = subprocess.run([*command, "check", "--config-name", "nope"], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.startswith("nemo-tsdkd: error: configuration 'nope': Cannot find primary config 'nope'.")
