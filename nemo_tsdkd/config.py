@@ -1,6 +1,6 @@
 """Typed configuration: every field a user may set, its default and its rule.
 
-`conf/*.yaml` is composed by Hydra onto these dataclasses (`cli.py`), so an unknown key or a wrong type is an
+`conf/*.yaml` is composed by Hydra onto these dataclasses (`compose.py`), so an unknown key or a wrong type is an
 error that names it. `validate()` holds the rules between fields; it needs neither torch nor a GPU, so a
 submission can be checked on the login node.
 """
