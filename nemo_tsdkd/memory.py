@@ -7,10 +7,11 @@ fragmentation come on top: RESERVE), good for choosing a layout before a queue's
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_tsdkd.config import TrainConfig
+from nemo_tsdkd.folders import HF_ASSETS, is_nemo_checkpoint
 
 GIB = 2**30
 RESERVE = 6 * GIB  # CUDA context, NCCL and cuBLAS work space, fragmentation
@@ -55,12 +56,12 @@ class ModelShape:
 
     @classmethod
     def of_folder(cls, folder: str | Path) -> ModelShape:
-        """The shape written in a Hugging Face folder's config.json.
+        """The shape of a Hugging Face folder, or of a NeMo checkpoint that keeps its source's config.json.
 
         Raises:
             ValueError: no such file, or no such dimension in it.
         """
-        path = Path(folder, "config.json")
+        path = Path(folder, HF_ASSETS if is_nemo_checkpoint(Path(folder)) else "", "config.json")
         try:
             c = json.loads(path.read_text())
             return cls(
@@ -98,10 +99,14 @@ class Memory:
     kv_cache: int
 
     @property
+    def resident(self) -> int:
+        """What stays on the GPU for the whole run."""
+        return self.student_weights_and_grads + self.student_optimizer + self.teacher_weights
+
+    @property
     def peak(self) -> int:
         """Rollout and update do not overlap: the KV cache and the update's tensors share the same room."""
-        resident = self.student_weights_and_grads + self.student_optimizer + self.teacher_weights
-        return resident + max(self.activations + self.loss + self.teacher_hidden, self.kv_cache) + RESERVE
+        return self.resident + max(self.activations + self.loss + self.teacher_hidden, self.kv_cache) + RESERVE
 
 
 def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Memory:
@@ -110,6 +115,8 @@ def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Me
     Activations follow Korthikanti et al., 2022 (arXiv 2205.05198) with selective recompute (no score matrix is kept):
     recounted for grouped-query attention and a gated MLP. The first stage of a 1F1B pipeline holds PP micro-batches.
     """
+    vocab = max(student.vocab, teacher.vocab)  # both models' embeddings get the larger width
+    student, teacher = replace(student, vocab=vocab), replace(teacher, vocab=vocab)
     p = config.parallel
     tp, pp, cp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size
     params = student.params_per_gpu(tp, pp)

@@ -1,0 +1,165 @@
+# shellcheck shell=bash
+# Sourced by the job scripts: turns a job's environment into `nemo-tsdkd` steps on its nodes, and a stopped job into its
+# next attempt. docs/cluster.md explains every variable. Runs outside the container, with Slurm's commands at hand.
+
+TSDKD_HOME=${TSDKD_HOME:-$SLURM_SUBMIT_DIR} # the checkout
+MODELS_DIR=${MODELS_DIR:-$TSDKD_HOME/models}
+MAX_RESTARTS=${MAX_RESTARTS:-3}
+export MODELS_DIR
+
+# sbatch --export=NONE leaves a setting behind that would strip the environment from every srun too.
+export SLURM_EXPORT_ENV=ALL
+# Containers have no scontrol: the ranks read their nodes from here (nemo_tsdkd/launch.py).
+TSDKD_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd ' ')
+export TSDKD_HOSTS
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun does: else each task starts a thread for every core
+export CUDA_DEVICE_MAX_CONNECTIONS=1         # Megatron overlaps tensor-parallel communication by launch order
+
+say() { printf '%s slurm: %s\n' "$(date '+%F %T')" "$*"; }
+usage_error() { # exit 2: the user's to mend, never requeued
+  say "error: $*" >&2
+  exit 2
+}
+require() { # require VARIABLE MEANING
+  [[ -n ${!1:-} ]] || usage_error "$1 is not set: $2. See docs/cluster.md."
+}
+
+# A model by name lies in MODELS_DIR, where import.sh put it; anything that is a folder is taken as it is.
+model_folder() { if [[ -d $1 ]]; then realpath "$1"; else printf '%s/%s' "$MODELS_DIR" "$1"; fi; }
+
+# ---- containers -----------------------------------------------------------------------------------------------------
+
+CONTAINER=()
+[[ -n ${CONTAINER_IMAGE:-} ]] || command -v nemo-tsdkd >/dev/null ||
+  usage_error "nemo-tsdkd is not on PATH: activate its environment before sbatch, or set CONTAINER_IMAGE"
+use_container() { # use_container FOLDER...: run the steps in CONTAINER_IMAGE (pyxis), if set, with these folders mounted
+  [[ -n ${CONTAINER_IMAGE:-} ]] || return 0
+  local folder mounts=${CONTAINER_MOUNTS:-}
+  for folder in "$TSDKD_HOME" "$MODELS_DIR" "$@"; do
+    [[ ! -e $folder ]] || mounts+="${mounts:+,}$folder:$folder"
+  done
+  CONTAINER=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$TSDKD_HOME"
+    --no-container-mount-home)
+}
+
+# ---- steps ----------------------------------------------------------------------------------------------------------
+
+SIGNALLED=""
+trap 'SIGNALLED=yes' TERM # Slurm ends the job: live on until the steps have ended, then decide on a requeue
+
+step() { # step NAME [SRUN_OPTION...] COMMAND...: on every task; one log for each rank
+  local name=$1 status
+  shift
+  say "$name: logs in $LOGS/$name-*.log"
+  # Without --cpu-bind=none each task may be tied to one core: no --cpus-per-task fits every cluster.
+  srun --kill-on-bad-exit=1 --cpu-bind=none --output="$LOGS/$name-%4t.log" "${CONTAINER[@]}" "$@" &
+  while :; do # a trapped signal ends `wait` early
+    SIGNALLED="" status=0
+    wait "$!" || status=$?
+    [[ -n $SIGNALLED ]] || break
+  done
+  ((status == 0)) || show_failure "$name" "$status"
+  return "$status"
+}
+
+show_failure() { # show_failure NAME STATUS: the end of the first log that speaks of an error
+  local log
+  log=$(grep -lE 'Error|error|FAILED' "$LOGS/$1"-*.log 2>/dev/null | head -n 1) || true
+  say "$1: exit status $2; from ${log:-its logs}:" >&2
+  [[ -z $log ]] || tail -n 20 "$log" >&2
+}
+
+# ---- one-step jobs --------------------------------------------------------------------------------------------------
+
+run_once() { # run_once NAME COMMAND...: a job of a single step, without restarts
+  LOGS=$TSDKD_HOME/slurm/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID
+  mkdir -p "$LOGS"
+  step "$@"
+  say "$1: done"
+}
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+# The public recipe's variables, by the configuration field each one sets.
+declare -A FIELDS=(
+  [RUN_DIR]=run_dir
+  [MODEL_NAME]=student.path
+  [TEACHER_NAME]=teacher.path
+  [DATA]=data.path
+  [BETA]=objective.beta
+  [LAMBDA]=rollout.lmbda
+  [THRESHOLD]=objective.threshold
+  [INDIRECT_KD_ALPHA]=objective.indirect_kd_alpha
+)
+
+train() { # train CONFIG [-- HYDRA_OVERRIDE...]
+  local config=$1 arguments status=0
+  shift
+  require RUN_DIR "the folder of this run, on a disk that all nodes share"
+  RUN_DIR=$(realpath -m "$RUN_DIR")
+  [[ -z ${MODEL_NAME:-} ]] || MODEL_NAME=$(model_folder "$MODEL_NAME")
+  [[ -z ${TEACHER_NAME:-} ]] || TEACHER_NAME=$(model_folder "$TEACHER_NAME")
+  LOGS=$RUN_DIR/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+  mkdir -p "$LOGS"
+  use_container "$RUN_DIR"
+  if [[ -e $RUN_DIR/FINISHED ]]; then
+    say "$RUN_DIR/FINISHED exists: nothing to do"
+    exit 0
+  fi
+  overrides "$@"
+  arguments=(--config-name "$config" "${OVERRIDES[@]}")
+
+  # One task first: what is wrong with the arguments is told in seconds and never requeued.
+  step check --nodes=1 --ntasks=1 nemo-tsdkd check "${arguments[@]}" || exit 2
+  START_STEP=$(last_step)
+  { step preflight nemo-tsdkd preflight "${PREFLIGHT[@]}" "${arguments[@]}" &&
+    step train nemo-tsdkd train "${arguments[@]}"; } || status=$?
+  end_attempt "$status"
+}
+
+PREFLIGHT=()
+[[ -z ${ALLOW_CPU:-} ]] || PREFLIGHT+=(--allow-cpu)
+
+overrides() { # overrides [-- HYDRA_OVERRIDE...]: fills OVERRIDES; the user's own come last and win
+  local variable value
+  OVERRIDES=("parallel.num_nodes=$SLURM_JOB_NUM_NODES" "parallel.gpus_per_node=$SLURM_NTASKS_PER_NODE")
+  for variable in "${!FIELDS[@]}"; do
+    value=${!variable:-}
+    [[ -z $value ]] || OVERRIDES+=("${FIELDS[$variable]}='${value//\'/\\\'}'") # quoted as Hydra reads it
+  done
+  [[ $# -eq 0 || $1 == -- ]] || usage_error "unexpected argument '$1': Hydra overrides go after --"
+  OVERRIDES+=("${@:2}")
+}
+
+last_step() { cat "$RUN_DIR/last_step" 2>/dev/null || echo 0; }
+job_state() { scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o ' JobState=[A-Z_]*' | cut -d= -f2; }
+
+end_attempt() { # end_attempt STATUS: finished, or the next attempt, or the end of a crash loop
+  local status=$1 step job stalled
+  if [[ -e $RUN_DIR/FINISHED ]]; then
+    say "finished: $RUN_DIR"
+    exit 0
+  fi
+  if [[ $(job_state) == CANCELLED ]]; then
+    say "cancelled at step $(last_step): not requeued"
+    exit 1
+  fi
+  step=$(last_step)
+  stalled=0
+  if ((step <= START_STEP)); then
+    read -r job stalled <"$RUN_DIR/stalled" 2>/dev/null || true
+    [[ ${job:-} == "$SLURM_JOB_ID" ]] || stalled=0 # of an earlier job
+    stalled=$((stalled + 1))
+  fi
+  echo "$SLURM_JOB_ID $stalled" >"$RUN_DIR/stalled"
+  if ((stalled > MAX_RESTARTS)); then
+    say "crash loop: $stalled attempts in a row stopped at step $step (MAX_RESTARTS=$MAX_RESTARTS); logs: $RUN_DIR/logs" >&2
+    exit 1
+  fi
+  say "stopped at step $step with status $status: requeued"
+  scontrol requeue "$SLURM_JOB_ID" || {
+    say "this cluster refuses scontrol requeue: submit again, or a chain with --dependency=singleton" >&2
+    exit 1
+  }
+  exit 0
+}
