@@ -1,37 +1,120 @@
 """A checkpoint is whole or absent: folders that appear in one step, manifests that prove every byte.
 
-`os.replace` makes a finished folder appear at once, but a training checkpoint is written by many ranks into its
-final place. Its manifest, written last, lists the size and digest of every file; a folder without one, or one whose
-files disagree with it, does not count.
+A conversion is written beside its place and renamed there. A training checkpoint is written by many ranks into its
+final place; its manifest, written last, lists the size and digest of every file. A folder without a manifest, or one
+whose files disagree with it, does not count.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
 
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"  # subfolder of a run; holds step_1, step_2, ...
+_MANIFEST = "manifest.json"
 _BLOCK = 1 << 22
 
 
-def digest(path: Path) -> str:
-    """128-bit xxh3 of a file's content, in hex: a check against damage and chance, not against an attacker."""
-    state = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            state.update(block)
-    return state.hexdigest()
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimizer steps lies."""
+    return run_dir / CHECKPOINTS / f"step_{step}"
 
 
-def digests(paths: list[Path]) -> list[str]:
-    """`digest` of every path, several files at once (hashing releases the GIL)."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(digest, paths))
+def newest_whole(run_dir: Path) -> Path | None:
+    """The run's newest checkpoint whose every byte is as it was written; the log says which were passed over."""
+    for folder in reversed(_steps(run_dir)):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        logger.warning("%s is passed over: %s.", folder, damage)
+    return None
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None where it is whole. Reads all of it, several files at once."""
+    if not has_manifest(folder):
+        return "it was not written to its end (no manifest)"
+    try:
+        entries = json.loads((folder / _MANIFEST).read_text())
+        expected = {name: (entry["size"], entry["xxh3_128"]) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "its manifest cannot be read"
+    for name, (size, _) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    for name, value in zip(expected, digests([folder / name for name in expected]), strict=True):
+        if value != expected[name][1]:
+            return f"the content of {name} has changed"
+    return None
+
+
+def has_manifest(folder: Path) -> bool:
+    return (folder / _MANIFEST).is_file()
+
+
+def describe(folder: Path, part: int = 0, parts: int = 1) -> dict[str, dict[str, int | str]]:
+    """Manifest entries of every `parts`-th file, beginning with `part`: each rank reads its share.
+
+    On a shared file system a rank so reads what others wrote: what the disk holds, not its own cache.
+    """
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST)
+    names = names[part::parts]
+    paths = [folder / name for name in names]
+    for path in paths:
+        sync(path)
+    sizes = [path.stat().st_size for path in paths]
+    return {n: {"size": s, "xxh3_128": d} for n, s, d in zip(names, sizes, digests(paths), strict=True)}
+
+
+def seal(folder: Path, entries: dict[str, dict[str, int | str]]) -> None:
+    """Declare a checkpoint whole: the last act of saving it, on one rank."""
+    partial = folder / f".{_MANIFEST}.partial"
+    partial.write_text(json.dumps(entries, indent=1, sort_keys=True))
+    for path in [partial, *(p for p in folder.rglob("*") if p.is_dir()), folder, folder.parent]:
+        sync(path)
+    partial.rename(folder / _MANIFEST)
+    sync(folder)
+
+
+def retain(run_dir: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Remove all but the `keep_last` newest checkpoints, each `keep_every`-th step's (0: none), and any in the making.
+
+    Call it on one rank, right after a checkpoint was sealed: what lacks a manifest then is left from a killed save.
+    """
+    steps = _steps(run_dir)
+    whole = [folder for folder in steps if has_manifest(folder)]
+    kept = set(whole[-keep_last:]) | {f for f in whole if keep_every and _step(f) % keep_every == 0}
+    for folder in set(steps) - kept:
+        remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, whole or not; killed half-way, what is left does not count as a checkpoint."""
+    (folder / _MANIFEST).unlink(missing_ok=True)
+    if folder.exists():
+        sync(folder)
+        shutil.rmtree(folder)
+
+
+def _steps(run_dir: Path) -> list[Path]:
+    return sorted((p for p in (run_dir / CHECKPOINTS).glob("step_*") if p.name[5:].isdecimal()), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 @contextmanager
@@ -46,9 +129,8 @@ def appearing_folder(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for path in partial.rglob("*"):
+        for path in [*partial.rglob("*"), partial]:
             sync(path)
-        sync(partial)
         try:
             partial.rename(target)
         except OSError:
@@ -66,3 +148,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digests(paths: Sequence[Path]) -> list[str]:
+    """128-bit xxh3 of each file's content, in hex: proof against damage and chance, not against an attacker."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+        return list(pool.map(_digest, paths))
+
+
+def _digest(path: Path) -> str:
+    state = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            state.update(block)
+    return state.hexdigest()

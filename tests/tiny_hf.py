@@ -56,5 +56,7 @@ def save_hf(
             else:
                 parameter.mul_(4)
     model.save_pretrained(folder)
-    GenerationConfig(eos_token_id=[2], pad_token_id=0, temperature=0.7, top_p=0.8, do_sample=True).save_pretrained(folder)
+    GenerationConfig(eos_token_id=[2], pad_token_id=0, temperature=0.7, top_p=0.8, do_sample=True).save_pretrained(
+        folder
+    )
     return folder

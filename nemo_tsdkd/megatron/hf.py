@@ -9,30 +9,23 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from nemo.collections import llm
-from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer as NemoTokenizer
 from nemo.collections.llm.gpt.model.base import HAVE_TE
 from nemo.lightning import io
 from nemo.lightning.io.state import TransformFns
 from nemo.lightning.pytorch.utils import dtype_from_hf
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from nemo_tsdkd.folders import HF_ASSETS, copy_assets, read_json
 from nemo_tsdkd.megatron.gpt import attention_mask
 
 logger = logging.getLogger(__name__)
 
-_MODELS = {
-    "qwen2": (llm.Qwen2Model, llm.Qwen2Config),
-    "qwen3": (llm.Qwen3Model, llm.Qwen3Config),
-    "llama": (llm.LlamaModel, llm.LlamaConfig),
-}
+_CONFIGS = {"qwen2": llm.Qwen2Config, "qwen3": llm.Qwen3Config, "llama": llm.LlamaConfig}
 
 _NAMES = {
     "model.embed_tokens.weight": "embedding.word_embeddings.weight",
@@ -66,7 +59,7 @@ def config_from_hf(folder: Path) -> llm.GPTConfig:
     """NeMo's GPT config for a Hugging Face folder; reads its JSON files only."""
     hf = AutoConfig.from_pretrained(folder)
     dtype = dtype_from_hf(hf)
-    _, config_class = _MODELS[hf.model_type]
+    config_class = _CONFIGS[hf.model_type]
     fields: dict[str, Any] = {}
     if (scaling := hf.rope_scaling) and scaling["rope_type"] == "llama3":
         config_class = llm.Llama31Config
@@ -98,51 +91,33 @@ def config_from_hf(folder: Path) -> llm.GPTConfig:
     )
 
 
-def import_hf(source: Path, output: Path) -> None:
-    """Write the NeMo checkpoint of a Hugging Face folder into `output`, and prove it by comparing logits.
-
-    Builds its own trainer and world of one rank: run it in a process of its own.
-
-    Raises:
-        RuntimeError: the two models' logits differ.
-    """
-    with TemporaryDirectory() as staging:
-        assets = Path(staging, HF_ASSETS.name)
-        copy_assets(source, assets)
-        if not (assets / "generation_config.json").is_file():  # NeMo's importers require one
-            GenerationConfig.from_model_config(AutoConfig.from_pretrained(source)).save_pretrained(assets)
-        model, trainer = _plain_model(assets)
-        dtype = model.config.params_dtype
-        hf_model = AutoModelForCausalLM.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
-        tokens = _sample_tokens(source, model.config.vocab_size)
-        hf_logits = _hf_logits(hf_model, tokens)
-        _to_megatron(hf_model, model.module)
-        del hf_model  # room for the fp32 copy of the other
-        io.ModelConnector().nemo_save(output, trainer)
-    _require_equal(hf_logits, _megatron_logits(model.module, tokens), source)
-
-
-def _plain_model(assets: Path) -> tuple[llm.GPTModel, Any]:
-    """NeMo's model of a Hugging Face folder, unloaded, in a world of one, with the trainer that can save it."""
-    config = config_from_hf(assets)
-    model = _model_class(assets)(config, tokenizer=NemoTokenizer(str(assets), trust_remote_code=False))
-    return model, io.ModelConnector().nemo_setup(model)
-
-
-def _model_class(folder: Path) -> type[llm.GPTModel]:
-    return _MODELS[read_json(folder / "config.json")["model_type"]][0]
-
-
-def _to_megatron(hf_model: nn.Module, gpt: MCoreGPTModel) -> None:
-    projections = [f"model.layers.*.self_attn.{name}_proj" for name in "qkv"]
+def to_megatron(hf_model: PreTrainedModel, gpt: MCoreGPTModel) -> None:
+    """Set the weights of a whole Megatron model (no parallelism) from Hugging Face's."""
     transforms = [
-        io.state_transform(tuple(f"{p}.weight" for p in projections), f"{_QKV}.weight", TransformFns.merge_qkv),
+        io.state_transform(_projections("weight"), f"{_QKV}.weight", TransformFns.merge_qkv),
         io.state_transform(_GATE_UP, _FC1, TransformFns.merge_fc1),
     ]
     if gpt.config.add_qkv_bias:
-        biases = tuple(f"{p}.bias" for p in projections)
-        transforms.append(io.state_transform(biases, f"{_QKV}.bias", TransformFns.merge_qkv_bias))
+        transforms.append(io.state_transform(_projections("bias"), f"{_QKV}.bias", TransformFns.merge_qkv_bias))
     io.apply_transforms(hf_model, gpt, _names(gpt), transforms, cast_dtype=gpt.config.params_dtype)
+
+
+def to_hf(gpt: MCoreGPTModel, hf_model: PreTrainedModel) -> None:
+    """Set a Hugging Face model's weights from those of a whole Megatron model."""
+    transforms = [
+        io.state_transform(f"{_QKV}.weight", _projections("weight"), TransformFns.split_qkv),
+        io.state_transform(_FC1, _GATE_UP, TransformFns.split_fc1),
+    ]
+    if gpt.config.add_qkv_bias:
+        transforms.append(io.state_transform(f"{_QKV}.bias", _projections("bias"), TransformFns.split_qkv_bias))
+    names = {megatron: hf for hf, megatron in _names(gpt).items()}
+    tied = ["lm_head.weight"] if gpt.share_embeddings_and_output_weights else []
+    io.apply_transforms(gpt, hf_model, names, transforms, state_dict_ignored_entries=tied, cast_dtype=hf_model.dtype)
+    hf_model.tie_weights()  # the conversion gave the embedding a new tensor
+
+
+def _projections(kind: str) -> tuple[str, ...]:
+    return tuple(f"model.layers.*.self_attn.{name}_proj.{kind}" for name in "qkv")
 
 
 def _names(gpt: MCoreGPTModel) -> dict[str, str]:
@@ -155,33 +130,29 @@ def _names(gpt: MCoreGPTModel) -> dict[str, str]:
     return names
 
 
-def _sample_tokens(folder: Path, vocab_size: int) -> Tensor:
-    """Token ids `[1, S]` of a short text."""
-    tokens = AutoTokenizer.from_pretrained(folder)(_SAMPLE, return_tensors="pt").input_ids
-    return tokens % vocab_size  # a tokenizer may know more tokens than the model has rows
+def require_equal_logits(hf_folder: Path, gpt: MCoreGPTModel) -> None:
+    """Compare a whole Megatron model with a Hugging Face folder on a short text, both in fp32 (4 bytes a parameter,
+    one model after the other). The Megatron model stays in fp32.
 
-
-@torch.no_grad()
-def _hf_logits(hf_model: Any, tokens: Tensor) -> Tensor:
-    dtype = hf_model.dtype
-    logits = hf_model.eval().float()(tokens).logits
-    hf_model.to(dtype)  # exact: the weights came from it
-    return logits
-
-
-@torch.no_grad()
-def _megatron_logits(gpt: MCoreGPTModel, tokens: Tensor) -> Tensor:
-    """Logits `[1, S, V]` in fp32 arithmetic, on the GPU where there is one (Transformer Engine's layers need it)."""
-    gpt.cuda().float().eval()
-    gpt.config.params_dtype = torch.float32
-    tokens = tokens.cuda()
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    return gpt(tokens, positions, attention_mask(tokens)).cpu()
-
-
-def _require_equal(hf_logits: Tensor, logits: Tensor, source: Path) -> None:
-    error = ((logits - hf_logits).norm() / hf_logits.norm()).item()
+    Raises:
+        RuntimeError: their logits differ by more than fp32 rounding.
+    """
+    expected, logits = _compared_logits(hf_folder, gpt)
+    error = ((logits - expected).norm() / expected.norm()).item()
     tolerance = _TOLERANCE["cuda" if torch.cuda.is_available() else "cpu"]
     if not error <= tolerance:  # NaN too
-        raise RuntimeError(f"{source}: logits in NeMo and Hugging Face differ by {error:.1e} of their norm.")
-    logger.info("%s: logits in NeMo and Hugging Face differ by %.1e of their norm.", source, error)
+        raise RuntimeError(f"{hf_folder}: Megatron's logits differ from Hugging Face's by {error:.1e} of their norm.")
+    logger.info("%s: Megatron's logits differ from Hugging Face's by %.1e of their norm.", hf_folder, error)
+
+
+@torch.no_grad()
+def _compared_logits(hf_folder: Path, gpt: MCoreGPTModel) -> tuple[Tensor, Tensor]:
+    """Logits `[1, S, V]` of both; on the GPU where there is one, since Transformer Engine's layers need it."""
+    tokens = AutoTokenizer.from_pretrained(hf_folder)(_SAMPLE, return_tensors="pt").input_ids.cuda()
+    hf_model = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32, use_safetensors=True)
+    expected = hf_model.cuda().eval()(tokens).logits.cpu()
+    del hf_model
+    gpt.cuda().float().eval()
+    gpt.config.params_dtype = torch.float32
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    return expected, gpt(tokens, positions, attention_mask(tokens)).cpu()

@@ -1,0 +1,171 @@
+"""A checkpoint counts only when every byte is as it was written."""
+
+import errno
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nemo_tsdkd import integrity
+from nemo_tsdkd.integrity import (
+    appearing_folder,
+    describe,
+    find_damage,
+    has_manifest,
+    newest_whole,
+    retain,
+    seal,
+    step_folder,
+)
+
+
+def write(run_dir, step, sealed=True):
+    folder = step_folder(run_dir, step)
+    (folder / "weights").mkdir(parents=True)
+    for rank in range(3):
+        (folder / "weights" / f"__{rank}_0.distcp").write_bytes(bytes([step, rank]) * 5000)
+    (folder / "state.json").write_text(json.dumps({"step": step}))
+    if sealed:
+        seal(folder, describe(folder))
+    return folder
+
+
+def names(run_dir):
+    return sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+
+
+def test_the_newest_by_number_is_found(tmp_path):
+    for step in (9, 100, 20):
+        write(tmp_path, step)
+    assert newest_whole(tmp_path) == step_folder(tmp_path, 100)
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path):
+    assert newest_whole(tmp_path) is None
+
+
+def truncate(folder):
+    with (folder / "weights" / "__1_0.distcp").open("r+b") as file:
+        file.truncate(9999)
+
+
+def flip_a_bit(folder):
+    with (folder / "weights" / "__2_0.distcp").open("r+b") as file:
+        file.seek(7777)
+        byte = file.read(1)[0]
+        file.seek(7777)
+        file.write(bytes([byte ^ 0x10]))
+
+
+DAMAGES = {
+    "unfinished": (lambda folder: (folder / "manifest.json").unlink(), "not written to its end"),
+    "truncated": (truncate, "__1_0.distcp has 9999 bytes instead of 10000"),
+    "bit flipped": (flip_a_bit, "the content of weights/__2_0.distcp has changed"),
+    "file missing": (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
+    "manifest cut": (lambda folder: (folder / "manifest.json").write_text('{"state.json": {'), "manifest cannot"),
+    "manifest of another kind": (lambda folder: (folder / "manifest.json").write_text("[1]"), "manifest cannot"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_and_the_log_says_why(kind, tmp_path, caplog):
+    damage, reason = DAMAGES[kind]
+    older, newer = write(tmp_path, 1), write(tmp_path, 2)
+    damage(newer)
+    with caplog.at_level(logging.WARNING):
+        assert newest_whole(tmp_path) == older
+    assert str(newer) in caplog.text and reason in caplog.text
+
+
+def test_ranks_describe_disjoint_shares_of_all_files(tmp_path):
+    folder = write(tmp_path, 1, sealed=False)
+    shares = [describe(folder, rank, 3) for rank in range(3)]
+    assert sum(len(share) for share in shares) == 4
+    assert shares[0] | shares[1] | shares[2] == describe(folder)
+
+
+def test_retention(tmp_path):
+    for step in range(1, 9):
+        write(tmp_path, step)
+    write(tmp_path, 10, sealed=False)  # a save that was killed
+    retain(tmp_path, keep_last=2, keep_every=3)
+    assert names(tmp_path) == ["step_3", "step_6", "step_7", "step_8"]
+
+
+def test_retention_keeps_the_only_whole_one(tmp_path):
+    write(tmp_path, 1)
+    write(tmp_path, 2, sealed=False)
+    retain(tmp_path, keep_last=1)
+    assert names(tmp_path) == ["step_1"]
+
+
+def test_a_removal_that_is_killed_leaves_nothing_that_counts(tmp_path, monkeypatch):
+    write(tmp_path, 1), write(tmp_path, 2)
+    monkeypatch.setattr(integrity.shutil, "rmtree", lambda folder: (folder / "state.json").unlink())
+    retain(tmp_path, keep_last=1)
+    assert newest_whole(tmp_path) == step_folder(tmp_path, 2)
+    assert find_damage(step_folder(tmp_path, 1)) == "it was not written to its end (no manifest)"
+
+
+def test_a_full_disk_while_sealing_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+    older, newer = write(tmp_path, 1), write(tmp_path, 2, sealed=False)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(integrity, "sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        seal(newer, {})
+    assert not has_manifest(newer) and newest_whole(tmp_path) == older
+
+
+SEALER = """
+import sys
+from pathlib import Path
+from nemo_tsdkd.integrity import describe, seal, step_folder
+for step in range(1, 100_000):
+    folder = step_folder(Path(sys.argv[1]), step)
+    (folder / "weights").mkdir(parents=True)
+    for rank in range(8):
+        (folder / "weights" / f"{rank}").write_bytes(bytes([step % 256]) * 100_000)
+    seal(folder, describe(folder))
+    print(step, flush=True)
+"""
+
+
+def test_killed_at_any_moment_the_newest_whole_is_the_last_or_one_just_sealed(tmp_path):
+    for attempt in range(5):
+        run_dir = tmp_path / str(attempt)
+        with subprocess.Popen([sys.executable, "-c", SEALER, str(run_dir)], stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(0.013 * attempt)
+            process.kill()
+            reported = [int(line) for line in process.stdout.read().split()]
+        last = max([1, *reported])
+        assert newest_whole(run_dir) in (step_folder(run_dir, last), step_folder(run_dir, last + 1))
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), appearing_folder(target) as folder:
+        (folder / "a").write_text("half")
+        raise RuntimeError("stop")
+    assert list(tmp_path.iterdir()) == []
+    with appearing_folder(target) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text("all")
+        assert not target.exists()
+    assert (target / "sub" / "a").read_text() == "all" and list(tmp_path.iterdir()) == [target]
+
+
+def test_the_first_of_two_folders_stays(tmp_path):
+    target = tmp_path / "out"
+    with appearing_folder(target) as folder:
+        (folder / "mine").write_text("")
+        target.mkdir()
+        (target / "theirs").write_text("")
+    assert [p.name for p in target.iterdir()] == ["theirs"]
