@@ -1,0 +1,187 @@
+"""Puts a Megatron GPTModel into decoding shape: a KV cache in its attention, and nothing that serves training only.
+
+The model's own layers do the work. While it decodes, each layer's core attention is one over a cache in which every
+row has its own length, so prompts may be ragged, a finished sequence can leave and another take its row, and the same
+code runs with and without Transformer Engine. Tokens sit at their true positions: what the model sees here is what it
+sees when it is trained on the response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+from torch.nn import functional
+
+from nemo_tsdkd.rollout import Pass
+
+
+def check_model(model: GPTModel) -> None:
+    """Raise ValueError for a model that would decode wrongly rather than fail."""
+    config = model.config
+    rules = {
+        "position_embedding_type": (model.position_embedding_type, "rope"),
+        "multi_latent_attention": (config.multi_latent_attention, False),
+        "rotary_interleaved": (config.rotary_interleaved, False),
+        "window_size": (config.window_size, None),
+        "softmax_type": (config.softmax_type, "vanilla"),
+        "virtual_pipeline_model_parallel_size": (config.virtual_pipeline_model_parallel_size, None),
+    }
+    for name, (value, supported) in rules.items():
+        if value != supported:
+            raise ValueError(
+                f"{name} = {value!r}: rollouts decode models with {supported!r} only. Write the responses "
+                "elsewhere and train on the file with rollout.lmbda = 0, or change the model or its layout."
+            )
+
+
+class KVCache:
+    """Rotated keys and values of every layer of this stage, and where the running pass reads and writes them."""
+
+    def __init__(self, model: GPTModel, rows: int, length: int) -> None:
+        self.shape = (rows, length)
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer number: two of [rows, groups, length, D]
+        parameter = next(model.parameters())
+        self.device = parameter.device
+        # packed_seq=True: every position, also under context parallelism, whose ranks all decode the same.
+        angles = model.rotary_pos_emb(length, packed_seq=True).squeeze(2)  # [length, 1, D]
+        self.rotations = torch.stack((angles.cos(), angles.sin())).to(parameter.dtype)
+
+    def begin(self, batch: Pass) -> None:
+        """Point the layers at the rows and positions of `batch`; compute once what all of them need."""
+        n = len(batch.sequences)
+        self.prefill = batch.prefill
+        if batch.prefill:
+            self.rows = slice(batch.first_row, batch.first_row + n)
+            self.cos, self.sin = self.rotations[:, : max(batch.positions) + 1].unsqueeze(3)  # [S, 1, 1, D]
+        else:
+            positions = torch.tensor(batch.positions, device=self.device)
+            self.cos, self.sin = self.rotations[:, positions].transpose(1, 2).unsqueeze(3)  # [1, n, 1, D]
+            self.target = (torch.arange(n, device=self.device), slice(None), positions)
+            self.used = (slice(n), slice(None), slice(max(batch.positions) + 1))
+            slots = torch.arange(max(batch.positions) + 1, device=self.device)
+            self.mask = (slots <= positions[:, None])[:, None, None]  # [n, 1, 1, used]
+
+    def copy_row(self, source: int, target: int) -> None:
+        for keys, values in self.layers.values():
+            keys[target], values[target] = keys[source], values[source]
+
+    def attend(self, layer: SelfAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Core attention of `layer`: query [S, n, heads, D], key and value [S, n, groups, D] -> [S, n, heads * D].
+
+        A prompt's padding behind its last token leaves keys that no position up to there attends to, and that the
+        response overwrites token by token.
+        """
+        length, n, heads, head_dim = query.shape
+        groups = key.shape[2]
+        query, key = self._rotate(torch.cat((query, key), dim=2)).split((heads, groups), dim=2)
+        if layer.layer_number not in self.layers:
+            # Zeros, not what the memory last held: a masked slot that holds NaN would still spoil the sum.
+            memory = key.new_zeros(2, self.shape[0], groups, self.shape[1], head_dim)
+            self.layers[layer.layer_number] = (memory[0], memory[1])
+        keys, values = self.layers[layer.layer_number]
+        scale = layer.config.softmax_scale
+        if self.prefill:
+            query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            keys[self.rows, :, :length], values[self.rows, :, :length] = key, value
+            context = functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale, enable_gqa=True
+            )
+            return context.permute(2, 0, 1, 3).reshape(length, n, heads * head_dim)
+        keys[self.target], values[self.target] = key[0], value[0]
+        # The heads of a query group read the same keys: as that group's "queries" they need no copies of them.
+        query = query.reshape(n, groups, heads // groups, head_dim)
+        context = functional.scaled_dot_product_attention(
+            query, keys[self.used], values[self.used], attn_mask=self.mask, scale=scale
+        )
+        return context.reshape(1, n, heads * head_dim)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * self.cos + torch.cat((-second, first), dim=-1) * self.sin
+
+
+# The forward functions below stand in for Megatron's while decoding: the same products and sums, without autograd
+# functions, dropout, recomputation and cross attention, whose host time is what a small batch of tokens waits for.
+
+
+def _layer(module: TransformerLayer, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    for norm, block in (
+        (module.input_layernorm, module.self_attention),
+        (module.pre_mlp_layernorm, module.mlp),
+    ):
+        out, bias = block(norm(hidden_states))
+        hidden_states = hidden_states + (out if bias is None else out + bias)
+    return hidden_states, None
+
+
+def _attention(cache: KVCache, module: SelfAttention, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    query, key, value = module.get_query_key_value_tensors(hidden_states)
+    return module.linear_proj(cache.attend(module, query, key, value))
+
+
+def _column_parallel(module: ColumnParallelLinear, x: Tensor, weight: Tensor | None = None, **kwargs: Any) -> Any:
+    bias, left_to_add = (None, module.bias) if module.skip_bias_add else (module.bias, None)
+    return functional.linear(x, module.weight if weight is None else weight, bias), left_to_add
+
+
+def _row_parallel(module: RowParallelLinear, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    out = functional.linear(x, module.weight)
+    if module.tp_group.size() > 1:
+        dist.all_reduce(out, group=module.tp_group)
+    if module.skip_bias_add or module.bias is None:
+        return out, module.bias
+    return out + module.bias, None
+
+
+# Set on every module and config that has them. Sequence parallelism: one token cannot be split over ranks.
+# FP8: a decoding batch breaks its multiple-of-8 rule.
+_SETTINGS = {
+    "sequence_parallel": False,
+    "scatter_to_sequence_parallel": False,
+    "reduce_scatter_embeddings": False,
+    "fp8": None,
+}
+
+
+@contextmanager
+def decoding(model: GPTModel, cache: KVCache) -> Iterator[None]:
+    """Let `model` decode over `cache`; put it back as it was, whatever happens."""
+    stand_ins = {
+        TransformerLayer: _layer,
+        SelfAttention: partial(_attention, cache),
+        ColumnParallelLinear: _column_parallel,
+        RowParallelLinear: _row_parallel,
+    }
+    owners: dict[int, Any] = {}
+    forwards: dict[torch.nn.Module, Callable[..., Any]] = {}
+    for module in model.modules():
+        owners[id(module)] = module
+        if hasattr(module, "config"):
+            owners[id(module.config)] = module.config
+        if type(module) in stand_ins:
+            forwards[module] = partial(stand_ins[type(module)], module)
+    changed = [(o, name, getattr(o, name)) for o in owners.values() for name in _SETTINGS if getattr(o, name, None)]
+    was_training = model.training
+    try:
+        model.eval()
+        for owner, name, _ in changed:
+            setattr(owner, name, _SETTINGS[name])
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module in forwards:
+            module.__dict__.pop("forward", None)
+        for owner, name, value in changed:
+            setattr(owner, name, value)
+        model.train(was_training)
