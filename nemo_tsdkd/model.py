@@ -28,7 +28,7 @@ from nemo_tsdkd.megatron.gpt import (
     unwrap,
     vocab_parallel_logits,
 )
-from nemo_tsdkd.objective import ObjectiveOutput, tsdkd_loss
+from nemo_tsdkd.objective import ObjectiveOutput, tsdkd_loss, tsdkd_loss_from_hidden
 from nemo_tsdkd.precision import pad_to_multiple
 from nemo_tsdkd.rollout import Response
 from nemo_tsdkd.sampling import on_policy
@@ -182,7 +182,9 @@ class TSDKDModel(llm.GPTModel):
             )
         with torch.no_grad():
             teacher_logits = vocab_parallel_logits(self.teacher.module, teacher_hidden)
-        return tsdkd_loss(vocab_parallel_logits(student, hidden), teacher_logits, mask, config, **common)
+        student_logits = vocab_parallel_logits(student, hidden)
+        # Nobody else reads them, and a linear layer's backward needs no output: the gradient may take their place.
+        return tsdkd_loss(student_logits, teacher_logits, mask, config, overwrite_student_logits=True, **common)
 
     @property
     def training_loss_reduction(self) -> MegatronLossReduction:

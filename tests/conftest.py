@@ -7,4 +7,4 @@ STACK_FOLDERS = {"stack", "e2e"}
 
 def pytest_collection_modifyitems(items):
     if any(STACK_FOLDERS & set(item.path.parts) for item in items):
-        ranks.PRELOAD = ["torch", "nemo_tsdkd.model"]
+        ranks.PRELOAD = ["torch", "nemo_tsdkd.megatron.train"]

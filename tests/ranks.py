@@ -40,7 +40,9 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _rank_main(fn: Callable[..., Any], rank: int, world_size: int, port: int, folder: str, args: tuple) -> None:
+def _rank_main(
+    fn: Callable[..., Any], rank: int, world_size: int, port: int, folder: str, meet: bool, args: tuple
+) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -62,11 +64,13 @@ def _rank_main(fn: Callable[..., Any], rank: int, world_size: int, port: int, fo
     torch.set_num_threads(1)
     code = 0
     try:
-        dist.init_process_group("gloo")
+        if meet:
+            dist.init_process_group("gloo")
         result = fn(*args)
         Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(result))
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -75,8 +79,12 @@ def _rank_main(fn: Callable[..., Any], rank: int, world_size: int, port: int, fo
     os._exit(code)  # skip atexit hooks of half the stack: the result is written
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240, meet: bool = True
+) -> list[Any]:
     """Call `fn(*args)` on `world_size` ranks; return their results in rank order.
+
+    The ranks `meet` in a process group before the call, unless `fn` is to start one itself.
 
     Raises AssertionError with the first failed rank's log when a rank fails or the time is up; every rank is
     killed at the first failure, since the others would wait in a collective for ever.
@@ -84,7 +92,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         port = free_port()
         ranks = [
-            fork_context().Process(target=_rank_main, args=(fn, r, world_size, port, folder, args))
+            fork_context().Process(target=_rank_main, args=(fn, r, world_size, port, folder, meet, args))
             for r in range(world_size)
         ]
         for p in ranks:

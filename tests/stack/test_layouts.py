@@ -1,0 +1,95 @@
+"""The layout changes nothing: losses, metrics and weights of a run are those of one process."""
+
+import json
+from pathlib import Path
+
+import pytest
+import ranks
+import tiny_run
+import torch
+
+from nemo_tsdkd.config import TrainConfig
+
+TP, PP, SP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"
+LAYOUTS = {
+    "tp2": (2, {TP: 2}),
+    "tp2_sp": (2, {TP: 2, SP: True}),
+    "pp2": (2, {PP: 2}),
+    "dp2": (2, {}),
+    "tp2_pp2": (4, {TP: 2, PP: 2}),
+    "tp2_pp2_sp": (4, {TP: 2, PP: 2, SP: True}),
+}
+TIMES = ("rollout_s", "teacher_s", "student_s", "tokens_per_s")
+
+
+def run(config: TrainConfig) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """Train on this rank; return the metrics and the trained weights of the whole model."""
+    from nemo_tsdkd.megatron.train import train
+
+    train(config)
+    steps = [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
+    return steps, whole_weights(Path(config.run_dir, "checkpoints", f"step_{config.max_steps}"))
+
+
+def whole_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every student tensor of a distributed checkpoint, whatever ranks wrote it, without padding rows."""
+    from megatron.core import dist_checkpointing
+
+    weights = dist_checkpointing.load_plain_tensors(str(checkpoint / "weights"))
+    weights = {k: v for k, v in weights.items() if k.startswith("module.") and isinstance(v, torch.Tensor)}
+    table = "module.embedding.word_embeddings.weight"
+    return weights | {table: weights[table][: tiny_run.STUDENT_VOCAB]}  # padded by the layout
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tiny_run.prepare(tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.fixture(scope="module")
+def alone(root, tmp_path_factory):
+    """The reference: one process, off-policy."""
+    return ranks.run_ranks(run, 1, tiny_run.config(root, tmp_path_factory.mktemp("alone"), 1))[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_five_steps_equal_those_of_one_process(layout, root, alone, tmp_path):
+    world_size, parallel = LAYOUTS[layout]
+    steps, weights = ranks.run_ranks(run, world_size, tiny_run.config(root, tmp_path, world_size, **parallel))[0]
+    compare(steps, weights, *alone)
+
+
+@pytest.mark.parametrize("change", ["micro_batch_size", "teacher_rows", "offload", "park", "head"])
+def test_how_a_batch_is_cut_and_kept_changes_nothing(change, root, alone, tmp_path):
+    config = tiny_run.config(root, tmp_path, 1)
+    match change:
+        case "micro_batch_size":
+            config.micro_batch_size = 8
+        case "teacher_rows":
+            config.teacher.micro_batch_size = 2
+        case "offload":
+            config.teacher.offload = "cpu"
+        case "park":
+            config.teacher.park = True
+        case "head":
+            config.objective.head = "fused"
+    compare(*ranks.run_ranks(run, 1, config)[0], *alone)
+
+
+def test_on_policy_steps_equal_those_of_one_process(root, tmp_path):
+    """The student's own responses too: its noise knows seed, step and sample, not ranks."""
+    alone = ranks.run_ranks(run, 1, tiny_run.config(root, tmp_path / "1", 1, lmbda=1.0))[0]
+    config = tiny_run.config(root, tmp_path / "4", 4, lmbda=1.0, **{TP: 2, PP: 2, SP: True})
+    compare(*ranks.run_ranks(run, 4, config)[0], *alone)
+
+
+def compare(steps, weights, expected_steps, expected_weights):
+    assert [s["step"] for s in steps] == [1, 2, 3, 4, 5]
+    for step, expected in zip(steps, expected_steps, strict=True):
+        assert step.keys() == expected.keys()
+        for name in expected.keys() - {*TIMES}:
+            assert step[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), (step["step"], name)
+    assert steps[-1]["loss"] != pytest.approx(steps[0]["loss"], rel=1e-4)  # something was learned at all
+    assert weights.keys() == expected_weights.keys()
+    for name, expected in expected_weights.items():
+        torch.testing.assert_close(weights[name], expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,55 @@
+"""A tiny student and teacher, imported, with data: what a test of the trainer starts from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ranks
+import tiny_hf
+
+from nemo_tsdkd.config import TrainConfig
+
+STUDENT_VOCAB, TEACHER_VOCAB = 330, 340
+
+
+def prepare(root: Path) -> Path:
+    """Write `student`, `teacher` (NeMo checkpoints that differ in depth, width, tying and vocabulary) and `data.jsonl`
+    into `root`."""
+    hf_student = tiny_hf.save_hf(
+        root / "hf_student",
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        tied=True,
+        vocab_size=STUDENT_VOCAB,
+    )
+    hf_teacher = tiny_hf.save_hf(root / "hf_teacher", vocab_size=TEACHER_VOCAB)
+    for source, name in ((hf_student, "student"), (hf_teacher, "teacher")):
+        arguments = ["--source", str(source), "--output", str(root / name)]
+        ranks.run_ranks(import_one, 1, arguments, meet=False)  # an import builds its own world
+    with (root / "data.jsonl").open("w") as file:
+        for i in range(37):  # ragged on both sides, and no multiple of any batch
+            row = {"prompt": f"Ann has {i} boxes" * (1 + i % 3), "response": f"{i} * 12 = {i * 12}. " * (1 + i % 4)}
+            file.write(json.dumps(row) + "\n")
+    return root
+
+
+def import_one(arguments: list[str]) -> None:
+    from nemo_tsdkd.convert import import_main
+
+    import_main(arguments)
+
+
+def config(root: Path, run_dir: Path, world_size: int, *, lmbda: float = 0.0, **parallel: int | bool) -> TrainConfig:
+    """Five fp32 steps of 8 sequences over the models that `prepare` left in `root`."""
+    c = TrainConfig(run_dir=str(run_dir), max_steps=5, global_batch_size=8, micro_batch_size=2, progress_bar=False)
+    c.student.path, c.teacher.path, c.data.path = str(root / "student"), str(root / "teacher"), str(root / "data.jsonl")
+    c.precision.name = c.teacher.precision = "fp32"
+    c.data.seq_length, c.rollout.max_new_tokens, c.rollout.lmbda = 96, 16, lmbda
+    c.optim.lr = 1e-3
+    c.parallel.gpus_per_node = world_size
+    for name, value in parallel.items():
+        assert hasattr(c.parallel, name), name
+        setattr(c.parallel, name, value)
+    return c
