@@ -5,6 +5,7 @@
 TSDKD_HOME=${TSDKD_HOME:-$SLURM_SUBMIT_DIR} # the checkout
 MODELS_DIR=${MODELS_DIR:-$TSDKD_HOME/models}
 MAX_RESTARTS=${MAX_RESTARTS:-3}
+SAVE_SECONDS=${SAVE_SECONDS:-240} # less than the 300 of --signal
 export MODELS_DIR
 
 # sbatch --export=NONE leaves a setting behind that would strip the environment from every srun too.
@@ -44,20 +45,33 @@ use_container() { # use_container FOLDER...: run the steps in CONTAINER_IMAGE (p
 
 # ---- steps ----------------------------------------------------------------------------------------------------------
 
-SIGNALLED=""
-trap 'SIGNALLED=yes' TERM # Slurm ends the job: live on until the steps have ended, then decide on a requeue
+# --signal=B:USR1@300 comes to this shell before the limit, and before a preemption where the cluster sends user signals;
+# the trainer saves and stops on it, as it does on the SIGTERM of any other preemption.
+SIGNALLED="" OVERDUE=""
+trap 'SIGNALLED=yes; ask_to_stop' USR1
+trap 'SIGNALLED=yes; OVERDUE=yes' USR2
+ask_to_stop() {
+  say "signalled: the steps have $SAVE_SECONDS s to save and stop"
+  scancel --signal=USR1 "$SLURM_JOB_ID" # the steps, not this shell
+  { sleep "$SAVE_SECONDS" && kill -USR2 $$; } &
+}
 
 step() { # step NAME [SRUN_OPTION...] COMMAND...: on every task; one log for each rank
-  local name=$1 status
+  local name=$1 pid status
   shift
   say "$name: logs in $LOGS/$name-*.log"
   # Without --cpu-bind=none each task may be tied to one core: no --cpus-per-task fits every cluster.
   srun --kill-on-bad-exit=1 --cpu-bind=none --output="$LOGS/$name-%4t.log" "${CONTAINER[@]}" "$@" &
+  pid=$!
   while :; do # a trapped signal ends `wait` early
     SIGNALLED="" status=0
-    wait "$!" || status=$?
-    [[ -n $SIGNALLED ]] || break
+    wait "$pid" || status=$?
+    [[ -n $SIGNALLED && -z $OVERDUE ]] || break
   done
+  if [[ -n $OVERDUE ]]; then
+    say "$name: still running $SAVE_SECONDS s after the signal, as if it hung" >&2
+    return 124
+  fi
   ((status == 0)) || show_failure "$name" "$status"
   return "$status"
 }
@@ -110,10 +124,11 @@ train() { # train CONFIG [-- HYDRA_OVERRIDE...]
   arguments=(--config-name "$config" "${OVERRIDES[@]}")
 
   # One task first: what is wrong with the arguments is told in seconds and never requeued.
-  step check --nodes=1 --ntasks=1 nemo-tsdkd check "${arguments[@]}" || exit 2
   START_STEP=$(last_step)
-  { step preflight nemo-tsdkd preflight "${PREFLIGHT[@]}" "${arguments[@]}" &&
+  { step check --nodes=1 --ntasks=1 nemo-tsdkd check "${arguments[@]}" &&
+    step preflight nemo-tsdkd preflight "${PREFLIGHT[@]}" "${arguments[@]}" &&
     step train nemo-tsdkd train "${arguments[@]}"; } || status=$?
+  ((status != 2)) || exit 2
   end_attempt "$status"
 }
 
@@ -147,7 +162,7 @@ end_attempt() { # end_attempt STATUS: finished, or the next attempt, or the end 
   step=$(last_step)
   stalled=0
   if ((step <= START_STEP)); then
-    read -r job stalled <"$RUN_DIR/stalled" 2>/dev/null || true
+    [[ ! -e $RUN_DIR/stalled ]] || read -r job stalled <"$RUN_DIR/stalled"
     [[ ${job:-} == "$SLURM_JOB_ID" ]] || stalled=0 # of an earlier job
     stalled=$((stalled + 1))
   fi
