@@ -108,30 +108,29 @@ def top_k_by_id(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 class _HeadRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, where: tuple[Tensor, Tensor], group: Group, sequence_parallel: bool) -> Tensor:
-        ctx.where, ctx.group, ctx.shape = where, group, hidden.shape
+    def forward(ctx, hidden: Tensor, index: Tensor, group: Group, sequence_parallel: bool) -> Tensor:
+        ctx.index, ctx.group, ctx.shape = index, group, hidden.shape
         ctx.scatter = sequence_parallel and group_size(group) > 1
-        return (all_gather(hidden, group).flatten(0, 1) if ctx.scatter else hidden)[where]
+        return (all_gather(hidden, group) if ctx.scatter else hidden).flatten(0, -2)[index]
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        steps, batch, size = ctx.shape
+        ranks = group_size(ctx.group) if ctx.scatter else 1
+        whole = grad.new_zeros((ranks * ctx.shape[0] * ctx.shape[1], ctx.shape[2]))
         if not ctx.scatter:
-            full = grad.new_zeros(ctx.shape)
-            full[ctx.where] = all_reduce(grad.contiguous(), dist.ReduceOp.SUM, ctx.group)
-            return full, None, None, None
-        full = grad.new_zeros((steps * group_size(ctx.group), batch, size))
-        full[ctx.where] = grad
+            whole[ctx.index] = all_reduce(grad.contiguous(), dist.ReduceOp.SUM, ctx.group)
+            return whole.view(ctx.shape), None, None, None
+        whole[ctx.index] = grad
         shard = grad.new_empty(ctx.shape)
-        dist.reduce_scatter_tensor(shard, full, group=ctx.group)
+        dist.reduce_scatter_tensor(shard, whole.unflatten(0, (-1, ctx.shape[1])), group=ctx.group)
         return shard, None, None, None
 
 
-def head_rows(hidden: Tensor, where: tuple[Tensor, Tensor], group: Group, sequence_parallel: bool) -> Tensor:
-    """The hidden states that a vocabulary-sharded head multiplies: [S, B, H] at (s, b) pairs `where` to [n, H].
+def head_rows(hidden: Tensor, index: Tensor, group: Group, sequence_parallel: bool) -> Tensor:
+    """The hidden states that a vocabulary-sharded head multiplies: [S, B, H] at tokens `index` (s * B + b) to [n, H].
 
     With `sequence_parallel` the input is this rank's [S / TP, B, H] and is all-gathered along the sequence first.
     Backward, as Megatron's ColumnParallelLinear: each rank's gradient covers its columns only, so it is summed over
     the ranks (all-reduce), or summed and split along the sequence (reduce-scatter).
     """
-    return _HeadRows.apply(hidden, where, group, sequence_parallel)
+    return _HeadRows.apply(hidden, index, group, sequence_parallel)

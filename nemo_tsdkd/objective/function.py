@@ -43,11 +43,11 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Call:
-    """What a call computes and where: resolved config, this rank's mask [S, B], its n tokens and the groups."""
+    """What a call computes and where: resolved config, this rank's mask [S, B], n tokens (s * B + b), the groups."""
 
     config: ObjectiveConfig
     mask: Tensor
-    where: tuple[Tensor, Tensor]
+    index: Tensor
     layout: SequenceLayout
     tp_group: Group
 
@@ -148,8 +148,8 @@ def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor]:
     config, tp_group = call.config, call.tp_group
     softmax = softmax_sums(head, tp_group)
     entropies, log_normalizers = softmax.entropy(), softmax.log_normalizer()
-    tokens, index = call.layout.gather(call.mask, call.where, entropies)
-    weights = TokenWeights(*call.layout.local(token_weights(tokens, config).stack(), index, call.where))
+    tokens, place = call.layout.gather(call.mask, call.index, entropies)
+    weights = TokenWeights(*call.layout.local(token_weights(tokens, config).stack(), place, call.index))
     opener = (weights.indirect != 0).nonzero().flatten()
     found = candidates(head.take(opener), config.top_k, tp_group)
     ranking_loss, columns_grad, agreement = indirect_term(found, config.preset == "reference", tp_group)

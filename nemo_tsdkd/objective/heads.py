@@ -29,12 +29,12 @@ def _spans(length: int, step: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class LogitsHead:
-    """Both models' logits as tensors [S, B, V_local]; tiles are runs of tokens over all columns.
+    """Both models' logits as tensors [N, V_local]; tiles are runs of tokens over all columns.
 
     Attributes:
         student, teacher: logits; the student's may be overwritten by its gradient (`overwrite`).
         left, right: the teacher's columns [n, c] that other ranks hold (vocab_parallel.Overlap).
-        where: (s, b) of the n tokens.
+        index: which n of the N rows are the head's tokens.
         tile_elements: logits of one model in a tile.
     """
 
@@ -42,7 +42,7 @@ class LogitsHead:
     teacher: Tensor
     left: Tensor
     right: Tensor
-    where: tuple[Tensor, Tensor]
+    index: Tensor
     overlap: Overlap
     temperature: float
     tile_elements: int
@@ -50,7 +50,7 @@ class LogitsHead:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.where[0])
+        return len(self.index)
 
     @property
     def padded_width(self) -> int:
@@ -65,30 +65,28 @@ class LogitsHead:
 
     def take(self, index: Tensor) -> LogitsHead:
         """The same head for some of its tokens."""
-        s, b = self.where
-        return replace(self, where=(s[index], b[index]), left=self.left[index], right=self.right[index])
+        return replace(self, index=self.index[index], left=self.left[index], right=self.right[index])
 
     def tiles(self) -> Iterator[LogitsTile]:
         width, (first, end) = self.overlap.width, self.overlap.own
         dtype = compute_dtype(self.student.dtype)
         for rows in _spans(self.num_tokens, max(1, self.tile_elements // width)) if width else ():
-            at = self.where[0][rows], self.where[1][rows]
-            teacher = self.teacher[..., first:end][at]
+            teacher = self.teacher[:, first:end].index_select(0, self.index[rows])
             if self.left.shape[1] + self.right.shape[1]:
                 teacher = torch.cat([self.left[rows], teacher, self.right[rows]], -1)
-            student = self.student[..., :width][at]
+            student = self.student[:, :width].index_select(0, self.index[rows])
             yield rows, slice(0, width), *(_scaled_(z.to(dtype), self.temperature) for z in (student, teacher))
 
     def backward(self, gradient: Iterator[Tile]) -> tuple[Tensor, ...]:
-        """d loss / d student logits; zero for padding columns and for tokens that are not this head's."""
+        """d loss / d student logits; zero for padding columns and for rows that are not this head's tokens."""
         grad = self.student.detach() if self.overwrite else torch.zeros_like(self.student)
         for rows, columns, tile in gradient:
-            grad[..., columns][self.where[0][rows], self.where[1][rows]] = tile.to(grad.dtype)
+            grad[:, columns].index_copy_(0, self.index[rows], tile.to(grad.dtype))
         if self.overwrite:
-            others = torch.ones(grad.shape[:2], dtype=torch.bool, device=grad.device)
-            others[self.where] = False
-            grad.masked_fill_(others.unsqueeze(-1), 0)
-            grad[..., self.overlap.width :] = 0
+            others = torch.ones(len(grad), dtype=torch.bool, device=grad.device)
+            others[self.index] = False
+            grad[others] = 0
+            grad[:, self.overlap.width :] = 0
         return (grad,)
 
 

@@ -54,14 +54,15 @@ def tsdkd_loss(
     config = _checked(config, vocab_size)
     vocab_size, overlap = _vocabulary(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1], tp_group)
     call = _call(config, response_mask, cu_seqlens, tp_group, cp_group)
-    teacher = teacher_logits.detach()
-    left, right = overlap.exchange([teacher[..., first:end][call.where].T for first, end in overlap.send], tp_group)
+    # Rows of tokens: a view in Megatron's layout.
+    student, teacher = student_logits.flatten(0, 1), teacher_logits.detach().flatten(0, 1)
+    left, right = overlap.exchange([teacher[call.index, first:end].T for first, end in overlap.send], tp_group)
     head = LogitsHead(
-        student_logits,
+        student,
         teacher,
         left.T,
         right.T,
-        call.where,
+        call.index,
         overlap,
         config.temperature,
         config.chunk_tokens * vocab_size,
@@ -111,9 +112,9 @@ def tsdkd_loss_from_hidden(
     weight = teacher_weight.detach()
     left, right = overlap.exchange([weight[first:end] for first, end in overlap.send], tp_group)
     head = FusedHead(
-        head_rows(student_hidden, call.where, tp_group, sequence_parallel),
+        head_rows(student_hidden, call.index, tp_group, sequence_parallel),
         student_weight,
-        head_rows(teacher_hidden.detach(), call.where, tp_group, sequence_parallel),
+        head_rows(teacher_hidden.detach(), call.index, tp_group, sequence_parallel),
         (left, weight[slice(*overlap.own)], right),
         overlap,
         config.temperature,
@@ -163,8 +164,10 @@ def _call(config: ObjectiveConfig, mask: Tensor, cu_seqlens: Tensor | None, tp_g
         )
     mask = mask.bool()
     # The reference preset trains padding positions too, so it reads them all.
-    s, b = (torch.ones_like(mask) if config.preset == "reference" else mask).nonzero().unbind(-1)
-    return Call(config, mask, (s, b), SequenceLayout.of(mask, cu_seqlens, cp_group), tp_group)
+    tokens = torch.ones_like(mask) if config.preset == "reference" else mask
+    return Call(
+        config, mask, tokens.flatten().nonzero().flatten(), SequenceLayout.of(mask, cu_seqlens, cp_group), tp_group
+    )
 
 
 def _run(call: Call, head: Head) -> ObjectiveOutput:

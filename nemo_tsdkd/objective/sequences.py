@@ -39,7 +39,6 @@ class SequenceLayout:
 
     sequence: Tensor
     position: Tensor
-    batch: int
     cp_group: Group
 
     @classmethod
@@ -59,34 +58,33 @@ class SequenceLayout:
         places = [_zigzag(cu_seqlens, steps, size, rank) for rank in range(size)]
         sequence, position = (torch.stack(x).unsqueeze(-1) for x in zip(*places, strict=True))
         rows = torch.arange(batch, device=mask.device) * (len(cu_seqlens) - 1)
-        return cls((sequence + rows).flatten(), position.expand(-1, -1, batch).flatten(), batch, cp_group)
+        return cls((sequence + rows).flatten(), position.expand(-1, -1, batch).flatten(), cp_group)
 
-    def gather(self, mask: Tensor, where: tuple[Tensor, Tensor], entropies: Tensor) -> tuple[Tokens, Tensor]:
-        """Tokens of whole sequences, and the index of each in this layout, from this rank's tokens at `where`.
+    def gather(self, mask: Tensor, index: Tensor, entropies: Tensor) -> tuple[Tokens, Tensor]:
+        """Tokens of whole sequences, and the place of each in this layout, from this rank's n tokens.
 
         Args:
             mask: response mask [S, B].
-            where: (s, b) of this rank's n tokens.
+            index: [n] tokens as s * B + b.
             entropies: [2, n], student's and teacher's.
         """
         dense = entropies.new_zeros((4, mask.numel()))
-        flat = where[0] * self.batch + where[1]
-        dense[0, flat] = 1
-        dense[1, flat] = mask[where].to(dense.dtype)
-        dense[2:, flat] = entropies
+        dense[0, index] = 1
+        dense[1] = mask.flatten()
+        dense[2:, index] = entropies
         included, response, student, teacher = all_gather(dense, self.cp_group).transpose(0, 1).flatten(1)
-        index = included.nonzero().flatten()
-        order = self.sequence[index] * (self.position.max() + 1) + self.position[index]
-        index = index[order.argsort()]
-        at = self.sequence[index], self.position[index]
-        return Tokens(student[index], teacher[index], *at, response[index].bool()), index
+        place = included.nonzero().flatten()
+        order = self.sequence[place] * (self.position.max() + 1) + self.position[place]
+        place = place[order.argsort()]
+        at = self.sequence[place], self.position[place]
+        return Tokens(student[place], teacher[place], *at, response[place].bool()), place
 
-    def local(self, values: Tensor, index: Tensor, where: tuple[Tensor, Tensor]) -> Tensor:
+    def local(self, values: Tensor, place: Tensor, index: Tensor) -> Tensor:
         """This rank's part [m, n] of values [m, tokens] that belong to gather()'s tokens."""
         dense = values.new_zeros((len(values), len(self.sequence)))
-        dense[:, index] = values
+        dense[:, place] = values
         mine = dense.unflatten(1, (group_size(self.cp_group), -1))[:, group_rank(self.cp_group)]
-        return mine[:, where[0] * self.batch + where[1]]
+        return mine[:, index]
 
 
 def _check_packed(cu_seqlens: Tensor, steps: int, batch: int, size: int) -> None:

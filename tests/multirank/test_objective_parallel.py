@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from objective_cases import Case
 from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_tsdkd.objective import ObjectiveConfig, tsdkd_loss, tsdkd_loss_from_hidden
 from nemo_tsdkd.objective.selection import RULES
@@ -148,37 +149,72 @@ def test_every_rule_chooses_the_same_tokens_in_every_layout(tp, cp):
         assert max(differences.values()) < 1e-12, {k: v for k, v in differences.items() if v >= 1e-12}
 
 
-def collectives(path: str) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """(name, bytes sent by this rank) of each collective in the forward and in the backward of one call at TP 2."""
-    case = Case(ObjectiveConfig(top_k=3, chunk_tokens=1), student_padding=1)
-    group, tp = dist.group.WORLD, dist.get_world_size()
-    mask = case.tensors(torch.float32)["mask"]
+class Collectives(TorchDispatchMode):
+    """Records (operation, elements this rank gives) of every collective, whoever calls it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            given = args[0][0] if func.__name__.startswith("allreduce") else args[1]
+            self.seen.append((func.__name__.split(".")[0], given.numel()))
+        return func(*args, **(kwargs or {}))
+
+
+CONFIG = ObjectiveConfig(top_k=3, chunk_tokens=1, threshold=0.2)
+COUNTED = {"even": Case(CONFIG, steps=32, batch=1), "uneven": Case(CONFIG, steps=32, batch=1, teacher_padding=1)}
+
+
+def count_collectives(name: str, path: str) -> tuple[list, list, int]:
+    """Collectives of the forward and of the backward, and the opener's tokens."""
+    case, group, tp, rank = COUNTED[name], dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    x = case.tensors(torch.float32) | case.hidden(torch.float32)
+    width, wide = case.width(tp, case.student_padding), case.width(tp, case.teacher_padding)
+    fields = {"vocab_size": case.vocab_size, "tp_group": group}
     if path == "logits":
-        x, dim, call = case.tensors(torch.float32), -1, tsdkd_loss
-        names = ["student", "teacher"]
+        call = tsdkd_loss
+        student = [cases.vocab_shard(x["student"], -1, width, rank, tp).requires_grad_()]
+        teacher = [cases.vocab_shard(x["teacher"], -1, wide, rank, tp)]
     else:
-        x, dim, call = case.hidden(torch.float32), 0, tsdkd_loss_from_hidden
-        names = ["student_weight", "teacher_weight"]
-    width = case.width(tp, case.student_padding)
-    tensors = [cases.vocab_shard(x[name], dim, width, group.rank(), tp).requires_grad_() for name in names]
-    if path == "hidden":
-        student_hidden = x["student_hidden"].requires_grad_()
-        tensors = [student_hidden, tensors[0], x["teacher_hidden"], tensors[1]]
-    phases = []
-    with torch.profiler.profile(record_shapes=True) as forward:
-        loss = call(*tensors, mask, case.config, vocab_size=case.vocab_size, tp_group=group).loss_sum
-    with torch.profiler.profile(record_shapes=True) as backward:
-        loss.backward()
-    for profile in (forward, backward):
-        events = [e for e in profile.events() if e.name.startswith("c10d::")]
-        phases.append([(e.name, largest_input(e)) for e in events])
-    return phases[0], phases[1]
+        call, fields["sequence_parallel"] = tsdkd_loss_from_hidden, path == "sequence_parallel"
+        rows = slice(None) if path == "hidden" else slice(rank * case.steps // tp, (rank + 1) * case.steps // tp)
+        weight = cases.vocab_shard(x["student_weight"], 0, width, rank, tp).requires_grad_()
+        student = [x["student_hidden"][rows].requires_grad_(), weight]
+        teacher = [x["teacher_hidden"][rows], cases.vocab_shard(x["teacher_weight"], 0, wide, rank, tp)]
+    with Collectives() as forward:
+        out = call(*student, *teacher, x["mask"], case.config, **fields)
+    with Collectives() as backward:
+        out.loss_sum.backward()
+    opener = round(float(out.metrics["opener_fraction"] * out.metrics["response_tokens"]))
+    return forward.seen, backward.seen, opener
 
 
-def largest_input(event) -> int:
-    return max((torch.Size(shape).numel() for shape in event.input_shapes if shape), default=0)
+def count_all() -> dict[tuple[str, str], tuple[list, list, int]]:
+    paths = ("logits", "hidden", "sequence_parallel")
+    return {(name, path): count_collectives(name, path) for name in COUNTED for path in paths}
 
 
-@pytest.mark.parametrize("path", ["logits", "hidden"])
-def test_collectives_are_as_many_as_documented(path):
-    print(run_ranks(collectives, 2, path))
+def test_collectives_are_as_many_and_as_large_as_docs_math_states():
+    counted = [(rank, *key, *seen) for rank, each in enumerate(run_ranks(count_all, 2)) for key, seen in each.items()]
+    assert len(counted) == 12
+    for rank, name, path, forward, backward, m in counted:
+        case = COUNTED[name]
+        n, hidden = int(case.tensors(torch.float32)["mask"].sum()), case.steps * case.student_size
+        assert 1 < m < n / 2
+        objective = [
+            ("allreduce_", 2 * n),  # maxima of both models
+            ("allreduce_", 4 * n),  # masses and moments of both models
+            ("_allgather_base_", 2 * m * case.config.top_k),  # candidates of the opener
+            ("allreduce_", 2 * n),  # the divergence's two sums
+        ]
+        # The vocabulary's 41 ids are 21 + 20 in the student's shards and 22 + 19 in the teacher's: one column moves.
+        edge = n if path == "logits" else case.teacher_size
+        before = [("alltoall_base_", edge * (rank == 0))] if name == "uneven" else []
+        after = [] if path == "logits" else [("allreduce_", n * case.student_size)]
+        if path == "sequence_parallel":
+            before += [("_allgather_base_", hidden // 2), ("_allgather_base_", case.steps * case.teacher_size // 2)]
+            after = [("_reduce_scatter_base_", hidden)]
+        assert forward == before + objective
+        assert backward == after
