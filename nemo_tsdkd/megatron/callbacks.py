@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_tsdkd.config import CheckpointConfig
+from nemo_tsdkd.megatron.saving import restore_random_state, save
 from nemo_tsdkd.metrics import RunWriter
 
 logger = logging.getLogger(__name__)
@@ -62,13 +63,16 @@ class Report(pl.Callback):
 class SaveAndStop(pl.Callback):
     """Saves every n steps, at the last step, and when the cluster asks the job to leave (SIGTERM, SIGUSR1)."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, reuse: int) -> None:
+    def __init__(self, run_dir: Path, source: Path, config: CheckpointConfig, reuse: int) -> None:
         self.run_dir = run_dir
+        self.source = source
         self.config = config
         self.reuse = reuse
         self._asked_to_stop = False
 
     def on_train_start(self, trainer: pl.Trainer, model: Any) -> None:
+        if trainer.ckpt_path:
+            restore_random_state(Path(trainer.ckpt_path))
         # After Lightning's own handlers, which would raise in the middle of a step on one rank alone.
         for signum in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(signum, self._note_signal)
@@ -83,7 +87,9 @@ class SaveAndStop(pl.Callback):
         at_boundary = step % self.reuse == 0 or step == trainer.max_steps
         stop = at_boundary and self._any_rank_asked()
         if stop or step == trainer.max_steps or step % self.config.every_n_steps == 0:
-            save(trainer, self.run_dir, self.config)
+            save(trainer, self.run_dir, self.source, self.config)
+        if step == trainer.max_steps and trainer.is_global_zero:
+            (self.run_dir / "FINISHED").touch()  # a job that finds it never runs again
         trainer.should_stop = trainer.should_stop or stop
 
     def _any_rank_asked(self) -> bool:
@@ -91,13 +97,3 @@ class SaveAndStop(pl.Callback):
         asked = torch.tensor(int(self._asked_to_stop), device=torch.cuda.current_device())
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked)
-
-
-def save(trainer: pl.Trainer, run_dir: Path, config: CheckpointConfig) -> None:
-    """Write `checkpoints/step_N`, then what the job script reads: `last_step`, and `FINISHED` after the last one."""
-    step = trainer.global_step
-    trainer.save_checkpoint(run_dir / "checkpoints" / f"step_{step}")
-    if trainer.is_global_zero:
-        (run_dir / "last_step").write_text(f"{step}\n")
-        if step == trainer.max_steps:
-            (run_dir / "FINISHED").touch()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
@@ -18,10 +20,14 @@ from nemo_tsdkd.config import TrainConfig
 from nemo_tsdkd.data import PromptDataset, check_same_tokenizer, eos_token_ids, load_tokenizer
 from nemo_tsdkd.megatron.callbacks import Report, SaveAndStop
 from nemo_tsdkd.megatron.datamodule import SampleModule
+from nemo_tsdkd.megatron.saving import checkpoint_to_resume
 from nemo_tsdkd.megatron.strategy import TSDKDStrategy
 from nemo_tsdkd.metrics import save_provenance
 from nemo_tsdkd.model import Checkpoints, TSDKDModel, Vocabulary
 from nemo_tsdkd.precision import check_engine, model_settings, plugin_settings
+
+# Data-parallel ranks write responses of different lengths and wait for the slowest at the loss.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def train(config: TrainConfig) -> None:
@@ -34,11 +40,24 @@ def train(config: TrainConfig) -> None:
     check_setup(config)
     check_engine(config)
     run_dir = Path(config.run_dir)
+    meet()
     model, data = build_model(config, run_dir), build_data(config)
-    if os.environ["RANK"] == "0":
+    if dist.get_rank() == 0:
         save_provenance(run_dir, config)
-    callbacks = [Report(run_dir, config.progress_bar), SaveAndStop(run_dir, config.checkpoint, config.rollout.reuse)]
-    build_trainer(config, callbacks).fit(model, datamodule=data)
+    callbacks = [
+        Report(run_dir, config.progress_bar),
+        SaveAndStop(run_dir, model.checkpoints.student, config.checkpoint, config.rollout.reuse),
+    ]
+    build_trainer(config, callbacks).fit(model, datamodule=data, ckpt_path=checkpoint_to_resume(run_dir))
+
+
+def meet() -> None:
+    """Start the world's process group; Lightning goes on with it. The ranks have things to settle before it does."""
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
 
 
 def build_data(config: TrainConfig) -> SampleModule:
