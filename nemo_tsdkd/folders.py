@@ -18,7 +18,7 @@ ARCHITECTURES = ("qwen2", "qwen3", "llama")  # Hugging Face's model_type
 # the length at which logits are compared.
 _UNSUPPORTED = ("use_sliding_window", "attention_bias", "mlp_bias")
 _ASSET_SUFFIXES = {".json", ".jsonl", ".jinja", ".model", ".txt"}
-_IMPORT_VERSION = "1"  # raise it when the same source would be imported to other weights
+_IMPORT_VERSION = b"1"  # raise it when the same source would be imported to other weights
 
 
 def is_nemo_checkpoint(folder: Path) -> bool:
@@ -64,7 +64,7 @@ def content_key(folder: Path) -> str:
     paths = sorted([*folder.glob("*.safetensors"), *_assets(folder)])
     state = xxhash.xxh3_128(_IMPORT_VERSION)
     for path, value in zip(paths, digests(paths), strict=True):
-        state.update(f"{path.name}\0{value}\n")
+        state.update(f"{path.name}\0{value}\n".encode())
     return f"{folder.resolve().name}-{state.hexdigest()[:16]}"
 
 

@@ -15,6 +15,7 @@ import torch
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.base import HAVE_TE
+from nemo.collections.llm.gpt.model.llama import Llama31Config
 from nemo.lightning import io
 from nemo.lightning.io.state import TransformFns
 from nemo.lightning.pytorch.utils import dtype_from_hf
@@ -62,7 +63,7 @@ def config_from_hf(folder: Path) -> llm.GPTConfig:
     config_class = _CONFIGS[hf.model_type]
     fields: dict[str, Any] = {}
     if (scaling := hf.rope_scaling) and scaling["rope_type"] == "llama3":
-        config_class = llm.Llama31Config
+        config_class = Llama31Config
         fields = {
             "scale_factor": scaling["factor"],
             "low_freq_factor": scaling["low_freq_factor"],

@@ -1,0 +1,306 @@
+"""Hugging Face -> NeMo -> Hugging Face: the same logits everywhere, whatever layout held the weights in between."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import ranks
+import tiny_hf
+import torch
+
+TEXT = "Ann has 3 boxes with 12 eggs each."
+MODELS = {
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2_tied": {"model_type": "qwen2", "tied": True},
+    "qwen2_tied_bf16": {"model_type": "qwen2", "tied": True, "dtype": "bfloat16"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "llama": {"model_type": "llama"},
+    "llama3_tied": {
+        "model_type": "llama",
+        "tied": True,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+}
+LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "tp2_pp2": (2, 2)}
+
+
+def import_hf(source: Path, output: Path) -> None:
+    from nemo_tsdkd.convert import import_main
+
+    import_main(["--source", str(source), "--output", str(output)])
+
+
+def export(checkpoint: Path, to: str, output: Path) -> None:
+    from nemo_tsdkd.convert import export_main
+
+    export_main(["--checkpoint", str(checkpoint), "--to", to, "--output", str(output)])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """For each model its Hugging Face folder and its import, made when first asked for."""
+    root, made = tmp_path_factory.mktemp("models"), {}
+
+    def make(name):
+        if name not in made:
+            hf = tiny_hf.save_hf(root / f"{name}_hf", **MODELS[name])
+            ranks.run_ranks(import_hf, 1, hf, root / name, meet=False)
+            made[name] = hf, root / name
+        return made[name]
+
+    return make
+
+
+def hf_logits(folder: Path) -> torch.Tensor:
+    """Logits `[1, S, V]` as any user of the folder would compute them, in fp32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
+
+
+def build(checkpoint: Path, tp: int = 1, pp: int = 1, **change):
+    """This rank's shard of a checkpoint, with `change`d fields of its config."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from nemo_tsdkd.checkpoint import gpt_config, load_weights
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    model_parallel_cuda_manual_seed(1)
+    config = gpt_config(checkpoint)
+    config.tensor_model_parallel_size, config.pipeline_model_parallel_size = tp, pp
+    config.pipeline_dtype = config.params_dtype
+    for name, value in change.items():
+        setattr(config, name, value)
+    gpt = config.configure_model(tokenizer=None)
+    load_weights(gpt, checkpoint)
+    return gpt
+
+
+def reshard(checkpoint: Path, tp: int, pp: int, padded: int, output: Path) -> torch.Tensor | None:
+    """Load a checkpoint into a layout, save it from there as a trainer would, and return the layout's logits."""
+    from megatron.core import dist_checkpointing
+
+    gpt = build(checkpoint, tp, pp, vocab_size=padded)
+    if torch.distributed.get_rank() == 0:
+        shutil.copytree(checkpoint / "context", output / "context")
+        (output / "weights").mkdir()
+    torch.distributed.barrier()
+    dist_checkpointing.save(gpt.sharded_state_dict(prefix="module."), str(output / "weights"))
+    return layout_logits(gpt, checkpoint)
+
+
+def layout_logits(gpt, checkpoint: Path) -> torch.Tensor | None:
+    """Logits `[1, S, V]` in fp32, on the ranks of the last stage."""
+    from megatron.core import tensor_parallel
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from transformers import AutoTokenizer
+
+    from nemo_tsdkd.folders import HF_ASSETS
+    from nemo_tsdkd.megatron.gpt import attention_mask
+
+    tokens = AutoTokenizer.from_pretrained(checkpoint / HF_ASSETS)(TEXT, return_tensors="pt").input_ids
+    positions = torch.arange(tokens.shape[1])[None]
+    gpt.float().config.params_dtype = gpt.config.pipeline_dtype = torch.float32
+
+    def forward_step(_, model):
+        def gather(logits, non_loss_data=True):
+            return tensor_parallel.gather_from_tensor_model_parallel_region(logits).clone()
+
+        return model(tokens, positions, attention_mask(tokens)), gather
+
+    with torch.no_grad():
+        found = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=None,
+            model=gpt,
+            num_microbatches=1,
+            seq_length=tokens.shape[1],
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return found[0] if gpt.post_process else None
+
+
+def plain_nemo_logits(checkpoint: Path) -> torch.Tensor:
+    """Logits of a NeMo checkpoint loaded by NeMo alone, from its context."""
+    from nemo.lightning import io
+
+    from nemo_tsdkd.megatron.gpt import unwrap
+
+    model, _ = io.ModelConnector().nemo_load(checkpoint)
+    assert type(model).__module__.startswith("nemo.collections.llm")
+    assert not any("nemo_tsdkd" in p.read_text() for p in (checkpoint / "context").glob("*.*"))
+    return layout_logits(unwrap(model.module), checkpoint)
+
+
+def assert_equal_up_to_rounding(got: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_import_and_its_export_are_the_source(name, folders, tmp_path):
+    from safetensors.torch import load_file
+
+    hf, nemo = folders(name)
+    ranks.run_ranks(export, 1, nemo, "hf", tmp_path / "hf", meet=False)
+    source, back = load_file(hf / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
+    assert source.keys() == back.keys()
+    assert all(torch.equal(source[key], back[key]) and source[key].dtype == back[key].dtype for key in source)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_tied"])
+def test_logits_agree_between_source_layout_nemo_and_hf(name, layout, folders, tmp_path):
+    hf, nemo = folders(name)
+    tp, pp = LAYOUTS[layout]
+    vocab_size = MODELS[name].get("vocab_size", 330)
+    in_layout = ranks.run_ranks(reshard, tp * pp, nemo, tp, pp, 512, tmp_path / "trained")[-1]
+    ranks.run_ranks(export, 1, tmp_path / "trained", "nemo", tmp_path / "nemo", meet=False)
+    ranks.run_ranks(export, 1, tmp_path / "trained", "hf", tmp_path / "hf", meet=False)
+    expected = hf_logits(hf)
+    assert in_layout.shape[-1] == 512 and expected.shape[-1] == vocab_size
+    assert_equal_up_to_rounding(in_layout[..., :vocab_size], expected)
+    assert not in_layout[..., vocab_size:].any(), "padding rows are zero"
+    assert_equal_up_to_rounding(ranks.run_ranks(plain_nemo_logits, 1, tmp_path / "nemo", meet=False)[0], expected)
+    assert_equal_up_to_rounding(hf_logits(tmp_path / "hf"), expected)
+
+
+def test_an_export_is_a_complete_hugging_face_folder(folders, tmp_path):
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    hf, nemo = folders("qwen2_tied_bf16")
+    ranks.run_ranks(export, 1, nemo, "hf", tmp_path / "hf", meet=False)
+    source, back = AutoTokenizer.from_pretrained(hf), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    messages = [{"role": "user", "content": TEXT}]
+    assert back.apply_chat_template(messages) == source.apply_chat_template(messages)
+    assert GenerationConfig.from_pretrained(tmp_path / "hf").to_dict() == GenerationConfig.from_pretrained(hf).to_dict()
+    configs = [AutoConfig.from_pretrained(folder).to_dict() for folder in (tmp_path / "hf", hf)]
+    assert configs[0] | {"_name_or_path": None} == configs[1] | {"_name_or_path": None}
+
+
+def test_a_model_without_generation_config_is_imported(tmp_path):
+    hf = tiny_hf.save_hf(tmp_path / "hf")
+    (hf / "generation_config.json").unlink()
+    ranks.run_ranks(import_hf, 1, hf, tmp_path / "nemo", meet=False)
+
+
+def lose_norms(source: Path, output: Path) -> str:
+    """Import with a table of names that forgets the layer norms, as NeMo's own does without Transformer Engine."""
+    from nemo_tsdkd.megatron import hf
+
+    hf._PLAIN_NORMS = {}
+    try:
+        import_hf(source, output)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_an_import_that_loses_weights_fails_loudly_and_leaves_nothing(tmp_path):
+    hf = tiny_hf.save_hf(tmp_path / "hf")
+    assert "logits differ" in ranks.run_ranks(lose_norms, 1, hf, tmp_path / "nemo", meet=False)[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def load_into_other_shape(checkpoint: Path, change: dict) -> str:
+    try:
+        build(checkpoint, **change)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_weights_that_are_not_the_models_are_refused(folders):
+    checkpoint = folders("qwen2")[1]
+    message = ranks.run_ranks(load_into_other_shape, 1, checkpoint, {"add_qkv_bias": False})[0]
+    assert "In the file only: ['module.decoder.layers.self_attention.linear_qkv.bias']" in message
+    message = ranks.run_ranks(load_into_other_shape, 1, checkpoint, {"qk_layernorm": True})[0]
+    assert "k_layernorm" in message.split("in the model only")[1]
+
+
+def resolve(path: Path, cache_dir: Path) -> str:
+    from nemo_tsdkd.checkpoint import resolve
+
+    try:
+        return str(resolve(path, cache_dir))
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_hugging_face_folders_are_imported_once_and_by_content(tmp_path):
+    hf, cache = tiny_hf.save_hf(tmp_path / "hf"), tmp_path / "cache"
+    first, second = ranks.run_ranks(resolve, 2, hf, cache)
+    assert first == second and list(cache.iterdir()) == [Path(first)]
+    times = {p: p.stat().st_mtime_ns for p in Path(first).rglob("*")}
+    assert resolve_here(hf, cache) == first and {p: p.stat().st_mtime_ns for p in Path(first).rglob("*")} == times
+    assert resolve_here(Path(first), cache) == first
+    weights = bytearray((hf / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (hf / "model.safetensors").write_bytes(weights)
+    assert resolve_here(hf, cache) != first
+
+
+def resolve_here(path: Path, cache_dir: Path) -> str:
+    return ranks.run_ranks(resolve, 1, path, cache_dir)[0]
+
+
+def test_a_failed_import_reaches_every_rank(tmp_path):
+    hf = tiny_hf.save_hf(tmp_path / "hf")
+    with (hf / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    for message in ranks.run_ranks(resolve, 2, hf, tmp_path / "cache"):
+        assert message.startswith("RuntimeError") and "the import failed" in message
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def setting(**change):
+    def apply(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+
+    return apply
+
+
+REFUSED = {
+    "pickle": (pickled, "pickle"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no .safetensors"),
+    "own code": (setting(auto_map={"AutoModel": "model.Model"}), "auto_map"),
+    "other architecture": (setting(model_type="mamba"), "model_type = 'mamba'"),
+    "sliding window": (setting(use_sliding_window=True), "use_sliding_window"),
+    "yarn": (setting(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_scaling"),
+    "no folder": (shutil.rmtree, "no such folder"),
+    "broken json": (lambda folder: (folder / "config.json").write_text("{"), "not readable as JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_imported_is_refused_with_its_reason(kind, folders, tmp_path):
+    spoil, reason = REFUSED[kind]
+    folder = Path(shutil.copytree(folders("qwen2")[0], tmp_path / "hf"))
+    spoil(folder)
+    message = resolve_here(folder, tmp_path / "cache")
+    assert message.startswith("ValueError") and reason in message
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tp", "width"), [((151936, 152064), 1, 152064), ((151936, 152064), 8, 152576), ((330,), 2, 512)]
+)
+def test_the_common_width_holds_both_and_divides(sizes, tp, width):
+    from nemo_tsdkd.checkpoint import padded_vocab_size
+
+    assert padded_vocab_size(*sizes, tensor_model_parallel_size=tp) == width
