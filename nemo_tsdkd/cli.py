@@ -106,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     # One voice a node: all ranks meet a bad configuration alike, but a missing file may be missing on one node only.
     speaks = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+    if not (speaks and sys.stderr.isatty()):
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # not one bar a rank, nor one in a log file
     logging.basicConfig(level=logging.INFO if speaks else logging.WARNING, format="%(name)s: %(message)s")
     try:
         COMMANDS[args.command][0](args.arguments)

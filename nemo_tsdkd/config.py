@@ -231,7 +231,6 @@ class TrainConfig:
     global_batch_size: int = 64
     micro_batch_size: int = 1
     seed: int = 1234
-    log_every_n_steps: int = 1
     progress_bar: bool = True
     student: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -254,7 +253,7 @@ class TrainConfig:
         """
         missing = list(_missing(self))
         _require(not missing, ", ".join(missing), MISSING, "must be set", "Give it in the config or as key=value.")
-        _positive(self, "", "max_steps", "global_batch_size", "micro_batch_size", "log_every_n_steps")
+        _positive(self, "", "max_steps", "global_batch_size", "micro_batch_size")
         _not_negative(self, "", "seed")
         parts = (self.teacher, self.objective, self.data, self.rollout, self.parallel, self.optim, self.checkpoint)
         for part in parts:

@@ -11,12 +11,13 @@ from omegaconf import OmegaConf
 import nemo_tsdkd.cli
 from nemo_tsdkd.config import TrainConfig
 
+HF_BARS = "HF_DATASETS_DISABLE_PROGRESS_BARS"
 OPEN = ["run_dir=run", "student.path=/nowhere", "teacher.path=/nowhere", "data.path=data.jsonl"]
 
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_LOCALID"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_LOCALID", HF_BARS):
         monkeypatch.setenv(name, "0")  # so that monkeypatch takes back whatever launch.environment() sets
         monkeypatch.delenv(name)
 

@@ -1,5 +1,6 @@
 """Each rule of the configuration, every file of conf/, and what Hydra may be told."""
 
+import ast
 import dataclasses
 from dataclasses import replace
 from functools import cache
@@ -9,6 +10,7 @@ import pytest
 import tiny_hf
 from omegaconf import OmegaConf
 
+import nemo_tsdkd
 from nemo_tsdkd.check import check_model_fits, check_setup
 from nemo_tsdkd.compose import CONF, compose_config
 from nemo_tsdkd.config import ParallelConfig, TrainConfig
@@ -41,6 +43,18 @@ def test_every_group_file_composes_and_sets_what_it_says(path):
     config.validate()
     for key, value in OmegaConf.load(path).items():
         assert getattr(getattr(config, group), key) == value
+
+
+def test_every_field_is_read_somewhere():
+    def names(node):
+        for f in dataclasses.fields(node):
+            value = getattr(node, f.name)
+            yield from names(value) if dataclasses.is_dataclass(value) else [f.name]
+
+    package = [path for path in Path(nemo_tsdkd.__file__).parent.rglob("*.py") if path.name != "config.py"]
+    trees = [ast.parse(path.read_text()) for path in package]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert set(names(TrainConfig())) - read == set()
 
 
 def test_no_yaml_file_escapes_the_tests():
