@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# For tests of the job scripts alone, first on PATH as `nemo-tsdkd`: keeps the trainer's contract with them (last_step,
+# FINISHED, stop on SIGUSR1 and SIGTERM), notes how it was called in RUN_DIR/calls, and misbehaves as STAND_IN says.
+set -euo pipefail
+printf '%s image=%s mounts=%s\n' "$*" "${TEST_CONTAINER_IMAGE:-}" "${TEST_CONTAINER_MOUNTS:-}" >>"$RUN_DIR/calls"
+[[ $1 == train ]] || exit 0
+case ${STAND_IN:-} in
+  crash) echo "RuntimeError: out of luck" >&2 && exit 3 ;;
+  hang) trap '' USR1 TERM ;;
+  *) trap 'stop=yes' USR1 TERM ;;
+esac
+step=$(cat "$RUN_DIR/last_step" 2>/dev/null || echo 0)
+until [[ -n ${stop:-} ]] || ((step == ${STAND_IN_STEPS:-5})); do
+  sleep 0.2
+  step=$((step + 1))
+done
+((SLURM_PROCID == 0)) || exit 0
+echo "$step" >"$RUN_DIR/last_step"
+[[ -n ${stop:-} ]] || touch "$RUN_DIR/FINISHED"
