@@ -83,16 +83,7 @@ show_failure() { # show_failure NAME STATUS: the end of the first log that speak
   [[ -z $log ]] || tail -n 20 "$log" >&2
 }
 
-# ---- one-step jobs --------------------------------------------------------------------------------------------------
-
-run_once() { # run_once NAME COMMAND...: a job of a single step, without restarts
-  LOGS=$TSDKD_HOME/slurm/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID
-  mkdir -p "$LOGS"
-  step "$@"
-  say "$1: done"
-}
-
-# ---- training -------------------------------------------------------------------------------------------------------
+# ---- configuration ---------------------------------------------------------------------------------------------------
 
 # The public recipe's variables, by the configuration field each one sets.
 declare -A FIELDS=(
@@ -106,37 +97,10 @@ declare -A FIELDS=(
   [INDIRECT_KD_ALPHA]=objective.indirect_kd_alpha
 )
 
-train() { # train CONFIG [-- HYDRA_OVERRIDE...]
-  local config=$1 arguments status=0
-  shift
-  require RUN_DIR "the folder of this run, on a disk that all nodes share"
-  RUN_DIR=$(realpath -m "$RUN_DIR")
+configure() { # configure [-- HYDRA_OVERRIDE...]: fills OVERRIDES, the user's own last; mounts what they name
+  local variable value
   [[ -z ${MODEL_NAME:-} ]] || MODEL_NAME=$(model_folder "$MODEL_NAME")
   [[ -z ${TEACHER_NAME:-} ]] || TEACHER_NAME=$(model_folder "$TEACHER_NAME")
-  LOGS=$RUN_DIR/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
-  mkdir -p "$LOGS"
-  use_container "$RUN_DIR"
-  if [[ -e $RUN_DIR/FINISHED ]]; then
-    say "$RUN_DIR/FINISHED exists: nothing to do"
-    exit 0
-  fi
-  overrides "$@"
-  arguments=(--config-name "$config" "${OVERRIDES[@]}")
-
-  # One task first: what is wrong with the arguments is told in seconds and never requeued.
-  START_STEP=$(last_step)
-  { step check --nodes=1 --ntasks=1 nemo-tsdkd check "${arguments[@]}" &&
-    step preflight nemo-tsdkd preflight "${PREFLIGHT[@]}" "${arguments[@]}" &&
-    step train nemo-tsdkd train "${arguments[@]}"; } || status=$?
-  ((status != 2)) || exit 2
-  end_attempt "$status"
-}
-
-PREFLIGHT=()
-[[ -z ${ALLOW_CPU:-} ]] || PREFLIGHT+=(--allow-cpu)
-
-overrides() { # overrides [-- HYDRA_OVERRIDE...]: fills OVERRIDES; the user's own come last and win
-  local variable value
   OVERRIDES=("parallel.num_nodes=$SLURM_JOB_NUM_NODES" "parallel.gpus_per_node=$SLURM_NTASKS_PER_NODE")
   for variable in "${!FIELDS[@]}"; do
     value=${!variable:-}
@@ -144,6 +108,41 @@ overrides() { # overrides [-- HYDRA_OVERRIDE...]: fills OVERRIDES; the user's ow
   done
   [[ $# -eq 0 || $1 == -- ]] || usage_error "unexpected argument '$1': Hydra overrides go after --"
   OVERRIDES+=("${@:2}")
+  use_container "$RUN_DIR" "${DATA:-}" "${MODEL_NAME:-}" "${TEACHER_NAME:-}"
+}
+
+# ---- one-step jobs --------------------------------------------------------------------------------------------------
+
+run_once() { # run_once NAME COMMAND...: a job of a single step, without restarts
+  LOGS=$TSDKD_HOME/slurm/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID
+  mkdir -p "$LOGS"
+  step "$@"
+  say "$1: done"
+}
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+train() { # train CONFIG [-- HYDRA_OVERRIDE...]
+  local config=$1 arguments status=0
+  shift
+  require RUN_DIR "the folder of this run, on a disk that all nodes share"
+  RUN_DIR=$(realpath -m "$RUN_DIR")
+  LOGS=$RUN_DIR/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+  mkdir -p "$LOGS"
+  if [[ -e $RUN_DIR/FINISHED ]]; then
+    say "$RUN_DIR/FINISHED exists: nothing to do"
+    exit 0
+  fi
+  configure "$@"
+  arguments=(--config-name "$config" "${OVERRIDES[@]}")
+
+  # One task first: what is wrong with the arguments is told in seconds and never requeued.
+  START_STEP=$(last_step)
+  { step check --nodes=1 --ntasks=1 nemo-tsdkd check "${arguments[@]}" &&
+    step preflight nemo-tsdkd preflight ${ALLOW_CPU:+--allow-cpu} "${arguments[@]}" &&
+    step train nemo-tsdkd train "${arguments[@]}"; } || status=$?
+  ((status != 2)) || exit 2
+  end_attempt "$status"
 }
 
 last_step() { cat "$RUN_DIR/last_step" 2>/dev/null || echo 0; }

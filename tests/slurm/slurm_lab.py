@@ -80,7 +80,9 @@ class Job:
 
     def wait_for(self, text: str, seconds: float = 60) -> None:
         """Wait for a line in the job's output."""
-        wait_until(lambda: text in self.log, seconds, lambda: f"no {text!r} in the output of job {self.id}:\n{self.log}")
+        wait_until(
+            lambda: text in self.log, seconds, lambda: f"no {text!r} in the output of job {self.id}:\n{self.log}"
+        )
 
     def wait_end(self, state: str, seconds: float = 60) -> None:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")

@@ -1,0 +1,151 @@
+"""The whole way on a real Slurm: the true trainer, tiny models, two nodes of two tasks on gloo, every interruption.
+
+A start of four ranks costs half a minute of imports on two cores, so all interruptions hit one job, one after the
+other, each after a checkpoint of its own attempt. The end is compared with a run that nothing interrupted.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_run
+from slurm_lab import Job, wait_until
+
+SCRIPT = "tsdkd_14b_to_1.5b.sh"
+STEPS = 40
+TINY = (
+    *(f"max_steps={STEPS}", "global_batch_size=8", "micro_batch_size=2", "teacher.micro_batch_size=2"),
+    *("data.seq_length=96", "rollout.max_new_tokens=16", "rollout.batch_size=8"),
+    *(
+        "precision=fp32",
+        "teacher.precision=fp32",
+        "optim.lr=1e-3",
+        "optim.warmup_steps=0",
+        "checkpoint.every_n_steps=2",
+    ),
+)
+START = 180  # seconds until an attempt has saved its first checkpoint
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Tiny models and data on the "shared disk"; the environment's commands first on PATH, as after `activate`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        yield tiny_run.prepare(tmp_path_factory.mktemp("shared"))
+
+
+def submit(root: Path, name: str, *overrides: str, **env: str) -> Job:
+    models = {"MODEL_NAME": str(root / "student"), "TEACHER_NAME": str(root / "teacher")}
+    arguments = ("--", *TINY, *overrides)
+    return Job.submit(SCRIPT, root / name, *arguments, DATA=str(root / "data.jsonl"), **(models | env))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(lab, root):
+    job = submit(root, "uninterrupted")
+    job.wait_end("COMPLETED", 300)
+    return job
+
+
+@pytest.fixture(scope="module")
+def interrupted(lab, root):
+    """A run that met every interruption of a cluster's week, at least one checkpoint apart."""
+    job = submit(root, "interrupted", MAX_RESTARTS="1")
+    for attempt, interrupt in enumerate([user_signal, kill_a_task, preempt, preempt_with_signal, limit, crash_a_node]):
+        wait_for_checkpoint(job, after=job.last_step())
+        interrupt(lab, job)
+        wait_for_restart(job, attempt + 1)
+    job.wait_end("COMPLETED", 300)
+    for node in lab("run", "sinfo", "--noheader", "--states=down", "--format=%n").split():
+        lab("boot", node)
+    lab("user-signal", "off")
+    return job
+
+
+def wait_for_checkpoint(job, after):
+    wait_until(lambda: job.last_step() > after, START, lambda: f"{job.log}\n{job.logs_of('train')[-5000:]}")
+
+
+def wait_for_restart(job, number):
+    wait_until(lambda: int(job.field("Restarts")) == number, 90, lambda: f"restart {number} is missing:\n{job.log}")
+
+
+def user_signal(lab, job):
+    lab("run", "scancel", "--signal=USR1", job.id)
+
+
+def kill_a_task(lab, job):
+    os.kill(task(job, rank=3), signal.SIGKILL)
+
+
+def preempt(lab, job):
+    """A job of a higher partition takes a node; the cluster sends SIGTERM to the tasks."""
+    nodes = lab("run", "scontrol", "show", "hostnames", job.field("NodeList")).split()
+    others = [n for n in ("node1", "node2", "node3", "node4") if n not in nodes]
+    lab("run", "sbatch", "-p", "urgent", "--exclusive", "--nodes=1", f"--exclude={','.join(others)}", "--wrap=sleep 1")
+
+
+def preempt_with_signal(lab, job):
+    """As above, where the cluster sends the job's own --signal first (preempt_send_user_signal)."""
+    lab("user-signal", "on")
+    preempt(lab, job)
+
+
+def limit(lab, job):
+    """Five minutes are left: Slurm sends the script's --signal at its next look, within 30 s. A rank is held
+    meanwhile, so that the tiny run does not end first."""
+    held = task(job, rank=1)
+    os.kill(held, signal.SIGSTOP)
+    lab("run", "scontrol", "update", f"JobId={job.id}", "TimeLimit=5")
+    wait_until(lambda: job.log.count("signalled") == 2, 60, lambda: job.log)  # the first: preempt_with_signal
+    os.kill(held, signal.SIGCONT)
+    wait_until(lambda: job.state == "PENDING", 60, lambda: job.log)
+    lab("run", "scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+
+
+def crash_a_node(lab, job):
+    lab("crash", lab("run", "scontrol", "show", "hostnames", job.field("NodeList")).split()[-1])
+
+
+def task(job: Job, rank: int) -> int:
+    """The process of one rank of the training step; nodes of the lab share the machine's process numbers."""
+    wanted = {f"SLURM_JOB_ID={job.id}", f"SLURM_PROCID={rank}"}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            environment = set((path / "environ").read_text(errors="replace").split("\0"))
+        except OSError:
+            continue
+        if b"train" in words and b"python" in words[0] and wanted <= environment:
+            return int(path.name)
+    raise AssertionError(f"no process of rank {rank}:\n{job.log}")
+
+
+def test_every_attempt_went_on_from_the_last_one(interrupted):
+    assert int(interrupted.field("Restarts")) == 6
+    attempts = sorted((interrupted.run_dir / "logs").iterdir())
+    assert [p.name for p in attempts] == [f"{interrupted.id}.{i}" for i in range(7)]
+    steps = [json.loads(line)["step"] for line in (interrupted.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_every_step_s_loss_is_that_of_the_uninterrupted_run(uninterrupted, interrupted):
+    losses = []
+    for job in (uninterrupted, interrupted):
+        rows = [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
+        losses.append([(row["step"], row["loss"], row["grad_norm"]) for row in rows])
+    assert losses[0] == losses[1]
+
+
+def test_the_final_weights_are_those_of_the_uninterrupted_run(uninterrupted, interrupted):
+    """Bit for bit: model, optimizer and random state of the last checkpoint."""
+    digests = []
+    for job in (uninterrupted, interrupted):
+        manifest = json.loads((job.run_dir / f"checkpoints/step_{STEPS}/manifest.json").read_text())
+        digests.append(manifest)
+    assert digests[0] == digests[1]
