@@ -108,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     speaks = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
     if not (speaks and sys.stderr.isatty()):
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # not one bar a rank, nor one in a log file
-    logging.basicConfig(level=logging.INFO if speaks else logging.WARNING, format="%(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("nemo_tsdkd").setLevel(logging.INFO if speaks else logging.WARNING)
     try:
         COMMANDS[args.command][0](args.arguments)
     except ValueError as e:
