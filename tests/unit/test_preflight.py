@@ -1,0 +1,162 @@
+"""The preflight's checks, one by one, and how ranks report; the Slurm lab runs it whole."""
+
+import json
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from safetensors.numpy import save_file
+from torch.distributed import HashStore
+
+from nemo_tsdkd import probes
+from nemo_tsdkd.config import TrainConfig
+from nemo_tsdkd.launch import Launch
+from nemo_tsdkd.memory import GIB, QWEN2_5
+from nemo_tsdkd.preflight import Finding, Preflight, _grouped, _odd_versions
+
+
+def place(rank, world_size=2, port=0):
+    """Rank `rank` of a world with one rank a node."""
+    return Launch(rank, 0, world_size, rank, "127.0.0.1", port)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A Hugging Face folder as far as the preflight reads it: dimensions, and a file of weights that is whole."""
+    folder = tmp_path_factory.mktemp("model")
+    save_file({"lm_head.weight": np.ones((8, 4), np.float32)}, folder / "model.safetensors")
+    dimensions = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    others = {"model_type": "qwen2", "intermediate_size": 64, "vocab_size": 128}
+    (folder / "config.json").write_text(json.dumps(dimensions | others))
+    return folder
+
+
+@pytest.fixture
+def config(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TSDKD_HOSTS", "left right")
+    c = TrainConfig(run_dir=str(tmp_path / "run"))
+    c.student.path = c.teacher.path = str(model)
+    c.data.path = "prompts.jsonl"
+    c.parallel.num_nodes = 2
+    return c
+
+
+def test_whole_weights_pass(model):
+    probes.check_weights(model)
+
+
+def test_weights_cut_short_are_named(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "cut")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"cut/model\.safetensors: .*Download"):
+        probes.check_weights(folder)
+
+
+def test_a_shard_that_the_index_lists_must_be_there(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "sharded")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    with pytest.raises(ValueError, match=r"model-00001-of-00002\.safetensors"):
+        probes.check_weights(folder)
+
+
+@pytest.mark.parametrize("files", [{}, {"__0_0.distcp": ""}])
+def test_a_nemo_checkpoint_without_content(files, tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "metadata.json").write_text("{}")
+    for name, text in files.items():
+        (tmp_path / "weights" / name).write_text(text)
+    with pytest.raises(ValueError, match=r"\.distcp files are missing or empty"):
+        probes.check_weights(tmp_path)
+
+
+def test_no_gpu_is_an_error_unless_allowed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch sees no CUDA device"):
+        probes.check_gpu(place(0), 1, allow_cpu=False)
+    probes.check_gpu(place(0), 1, allow_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("count", "used", "message"), [(7, 0, "7 GPUs are visible"), (8, 12 * GIB, r"GPU 0 already has 12\.0 GiB in use")]
+)
+def test_gpus_that_are_missing_or_busy(count, used, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (80 * GIB - used, 80 * GIB))
+    with pytest.raises(ValueError, match=message):
+        probes.check_gpu(place(0), 8, allow_cpu=False)
+
+
+def test_models_larger_than_the_gpu(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (79 * GIB, 79 * GIB))
+    with pytest.raises(ValueError, match=r"need [0-9.]+ GiB a GPU, it has 79\.0"):
+        probes.check_gpu_memory(config, {"student": QWEN2_5["14B"], "teacher": QWEN2_5["72B"]})
+    probes.check_gpu_memory(config, {"student": QWEN2_5["1.5B"], "teacher": QWEN2_5["7B"]})
+
+
+def test_another_megatron_than_the_one_that_works_is_named(monkeypatch):
+    monkeypatch.setattr(probes, "version", lambda package: {"megatron-core": "0.16.1"}.get(package, "2.7.3"))
+    with pytest.raises(ValueError, match=r"megatron-core is 0\.16\.1, but must be 0\.15\."):
+        probes.check_versions()
+
+
+def test_a_node_that_does_not_see_the_run_folder(tmp_path):
+    store = HashStore()
+    first, second = (probes.Canary(str(tmp_path / d), place(r), store, wait=0.5) for r, d in enumerate("ab"))
+    first.show()
+    with pytest.raises(ValueError, match="rank 0's file is not seen"):
+        second.show()
+    with pytest.raises(ValueError, match="files of right are not seen"):
+        first.check_answers(["left", "right"])
+
+
+def test_the_canary_leaves_nothing_behind(tmp_path):
+    store = HashStore()
+    first, second = (probes.Canary(str(tmp_path), place(r), store, wait=5) for r in range(2))
+    first.show()
+    second.show()
+    first.check_answers(["left", "right"])
+    first.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_of_a_node_that_say_the_same_share_a_line():
+    findings = [Finding("n1", 0, {}), Finding("n2", 2, {}, ["no GPU"]), Finding("n2", 3, {}, ["no GPU"])]
+    assert _grouped(findings) == ["n2 (rank 2, 3): no GPU"]
+
+
+def test_a_node_with_other_packages_is_named_once():
+    findings = [Finding("n1", 0, {"torch": "2.13"}), *(Finding("n2", r, {"torch": "2.9"}) for r in (1, 2))]
+    assert _odd_versions(findings) == ["n2: torch is 2.9, but 2.13 on n1"]
+
+
+def test_a_rank_that_never_comes_is_missed_by_its_node_s_name(config):
+    errors = Preflight(config, place(0, port=ranks.free_port()), timeout=1, allow_cpu=True).run()
+    assert errors == ["right (rank 1): no report within 2 s"]
+
+
+def test_rank_zero_tells_what_is_wrong_on_another_node(config, monkeypatch):
+    port, errors = ranks.free_port(), {}
+    checks = [Preflight(config, place(r, port=port), timeout=20, allow_cpu=True) for r in range(2)]
+    monkeypatch.setattr(checks[1].finding, "host", "right")
+    monkeypatch.setattr(checks[1], "_check_node", lambda: torch.empty(-1))
+    threads = [threading.Thread(target=lambda r=r: errors.update({r: checks[r].run()})) for r in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors[0]) == 1 and errors[0][0].startswith("right (rank 1): node: ")
+    assert errors[1] == errors[0]
+
+
+def test_a_check_that_hangs_is_reported_and_the_rank_goes_on(config):
+    check = Preflight(config, place(0), timeout=0.2, allow_cpu=True)
+    release = threading.Event()
+    check._try(release.wait, "all-reduce over all nodes")
+    release.set()
+    assert check.finding.errors == ["all-reduce over all nodes: hung for 0 s"]
