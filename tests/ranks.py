@@ -7,9 +7,11 @@ pickled by reference: it must live at module level of a test module. What each r
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import os
 import pickle
+import signal
 import socket
 import sys
 import tempfile
@@ -55,6 +57,7 @@ def _rank_main(
         TORCHELASTIC_RESTART_COUNT="0",
         TORCHELASTIC_USE_AGENT_STORE="False",
     )
+    os.setpgid(0, 0)  # so that a kill reaches what a rank forks, too
     log = os.open(f"{folder}/{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -80,11 +83,17 @@ def _rank_main(
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240, meet: bool = True
-) -> list[Any]:
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 240,
+    meet: bool = True,
+    kill_when: Callable[[], bool] = lambda: False,
+) -> list[Any] | None:
     """Call `fn(*args)` on `world_size` ranks; return their results in rank order.
 
-    The ranks `meet` in a process group before the call, unless `fn` is to start one itself.
+    The ranks `meet` in a process group before the call, unless `fn` is to start one itself. As soon as `kill_when()`
+    holds, all ranks get SIGKILL, as when a node is lost, and the result is None.
 
     Raises AssertionError with the first failed rank's log when a rank fails or the time is up; every rank is
     killed at the first failure, since the others would wait in a collective for ever.
@@ -98,18 +107,29 @@ def run_ranks(
         for p in ranks:
             p.start()
         deadline = time.monotonic() + timeout
-        while any(p.is_alive() for p in ranks) and time.monotonic() < deadline:
+        killed = False
+        while any(p.is_alive() for p in ranks) and time.monotonic() < deadline and not killed:
             if any(p.exitcode not in (None, 0) for p in ranks):
                 break
-            time.sleep(0.02)
+            killed = kill_when()
+            time.sleep(0.002)
         late = [r for r, p in enumerate(ranks) if p.is_alive()]
         for p in ranks:
-            p.kill()
-            p.join()
+            _kill(p)
         failed = [r for r, p in enumerate(ranks) if p.exitcode != 0 and r not in late] or late
+        if killed and failed == late:
+            return None
         if failed:
             log = Path(folder, f"{failed[0]}.log")
             text = log.read_text(errors="replace")[-6000:] if log.exists() else "(no log)"
             why = "failed" if failed is not late else f"did not finish in {timeout:.0f} s"
             raise AssertionError(f"rank {failed[0]} of {world_size} {why}:\n{text}")
         return [pickle.loads(Path(folder, f"{r}.pkl").read_bytes()) for r in range(world_size)]
+
+
+def _kill(process: Any) -> None:
+    """SIGKILL a rank and all it forked."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # one that has not come to lead its group yet
+    process.join()

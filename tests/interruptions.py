@@ -1,0 +1,130 @@
+"""Training runs that are killed and go on: what the tests of resume and `benchmarks/faults.py` share.
+
+Import it only where the ranks' harness is at hand; the training itself is imported inside the ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ranks
+import torch
+
+from nemo_tsdkd.config import TrainConfig
+from nemo_tsdkd.integrity import has_manifest, step_folder
+
+TIMES = ("rollout_s", "teacher_s", "student_s", "tokens_per_s")
+
+
+@dataclass
+class Outcome:
+    """What a run leaves: its metrics without times, its last weights, and the samples of each step."""
+
+    metrics: list[dict]
+    weights: dict[str, torch.Tensor]
+    samples: dict[int, list[int]]
+
+
+def train(config: TrainConfig, **kill: Callable[[], bool]) -> Outcome | None:
+    """Start or resume a run on as many ranks as it asks for; None where it was killed (`kill_when`)."""
+    results = ranks.run_ranks(_train, config.parallel.world_size, config, **kill)
+    return results[0] if results else None
+
+
+def _train(config: TrainConfig) -> Outcome:
+    from megatron.core import dist_checkpointing
+
+    from nemo_tsdkd.megatron.train import train
+
+    _log_samples(Path(config.run_dir))
+    train(config)
+    torch.distributed.barrier()
+    rows = [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
+    stored = dist_checkpointing.load_plain_tensors(str(step_folder(Path(config.run_dir), config.max_steps) / "weights"))
+    return Outcome(
+        metrics=[{name: value for name, value in row.items() if name not in TIMES} for row in rows],
+        weights={k: v for k, v in stored.items() if k.startswith("module.") and isinstance(v, torch.Tensor)},
+        samples=_read_samples(Path(config.run_dir)),
+    )
+
+
+def _log_samples(run_dir: Path) -> None:
+    """Let each data-parallel rank write down which samples it trains on in which step."""
+    from megatron.core import parallel_state
+
+    from nemo_tsdkd.model import TSDKDModel
+
+    respond = TSDKDModel.respond
+
+    def logged(self, samples, step):
+        if parallel_state.get_model_parallel_group().rank() == 0:
+            path = run_dir / f"samples_{parallel_state.get_data_parallel_rank()}.jsonl"
+            with path.open("a") as file:
+                file.write(json.dumps([step + 1, [sample.index for sample in samples]]) + "\n")
+        return respond(self, samples, step)
+
+    TSDKDModel.respond = logged
+
+
+def _read_samples(run_dir: Path) -> dict[int, list[int]]:
+    """Samples by step. A step that was run again after a kill counts once, as it was run last."""
+    steps: dict[int, list[int]] = {}
+    for path in run_dir.glob("samples_*.jsonl"):
+        last = {step: samples for step, samples in (json.loads(line) for line in path.read_text().splitlines())}
+        for step, samples in last.items():
+            steps[step] = sorted([*steps.get(step, []), *samples])
+    return steps
+
+
+def steps_done(config: TrainConfig, steps: int) -> Callable[[], bool]:
+    """A moment to kill at: `steps` rows are in metrics.jsonl."""
+    path = Path(config.run_dir, "metrics.jsonl")
+    return lambda: path.is_file() and len(path.read_text().splitlines()) >= steps
+
+
+def saving(config: TrainConfig, step: int) -> Callable[[], bool]:
+    """A moment to kill at: weights of the step's checkpoint are on the disk, its manifest is not."""
+    folder = step_folder(Path(config.run_dir), step)
+    return lambda: any(folder.glob("weights/*.distcp")) and not has_manifest(folder)
+
+
+def train_through_kills(config: TrainConfig, moments: Sequence[float]) -> tuple[Outcome, list[str]]:
+    """Kill each attempt so many seconds after its first step began, then let the last one end.
+
+    Returns the outcome and what each kill met: "training" or "saving". An attempt that ends before its moment ends
+    the run.
+    """
+    met = []
+    run_dir = Path(config.run_dir)
+    for moment in moments:
+        outcome = train(config, kill_when=_after_first_step(run_dir, moment))
+        if outcome:
+            return outcome, met
+        folders = (run_dir / "checkpoints").glob("step_*")
+        met.append("training" if all(has_manifest(folder) for folder in folders) else "saving")
+    return train(config), met
+
+
+def _after_first_step(run_dir: Path, seconds: float) -> Callable[[], bool]:
+    path = run_dir / "samples_0.jsonl"
+    size = path.stat().st_size if path.is_file() else 0
+    started: list[float] = []
+
+    def due() -> bool:
+        if not started and path.is_file() and path.stat().st_size > size:
+            started.append(time.monotonic())
+        return bool(started) and time.monotonic() - started[0] >= seconds
+
+    return due
+
+
+def assert_same(outcome: Outcome, expected: Outcome) -> None:
+    """Bit for bit."""
+    assert outcome.metrics == expected.metrics
+    assert outcome.samples == expected.samples
+    assert outcome.weights.keys() == expected.weights.keys()
+    assert [name for name, value in expected.weights.items() if not torch.equal(outcome.weights[name], value)] == []

@@ -1,0 +1,153 @@
+"""A run that was killed and resumed cannot be told from one that never was."""
+
+import contextlib
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+import ranks
+import tiny_run
+import torch
+from interruptions import assert_same, saving, steps_done, train, train_through_kills
+
+from nemo_tsdkd.integrity import find_damage, newest_whole, step_folder
+
+TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+LAYOUTS = {"dp2": (2, {}), "tp2_pp2": (4, {TP: 2, PP: 2})}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tiny_run.prepare(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def configure(root):
+    def configure(run_dir, layout="dp2", lmbda=0.5):
+        """Ten steps, half of them on-policy, saved after 4, 8 and 10."""
+        world_size, parallel = LAYOUTS[layout]
+        config = tiny_run.config(root, run_dir, world_size, lmbda=lmbda, **parallel)
+        config.max_steps, config.checkpoint.every_n_steps = 10, 4
+        return config
+
+    return configure
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(configure, tmp_path_factory):
+    """The outcome of a run in one go, made when first asked for."""
+    made = {}
+
+    def outcome(layout="dp2", lmbda=0.5):
+        if (layout, lmbda) not in made:
+            made[layout, lmbda] = train(configure(tmp_path_factory.mktemp("reference"), layout, lmbda))
+        return made[layout, lmbda]
+
+    return outcome
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_four_steps_a_kill_and_six_more_are_ten_bit_for_bit(layout, configure, uninterrupted, tmp_path):
+    config = configure(tmp_path, layout)
+    assert train(config, kill_when=steps_done(config, 5)) is None
+    assert newest_whole(tmp_path) == step_folder(tmp_path, 4)
+    assert_same(train(config), uninterrupted(layout))
+    assert {len(samples) for samples in uninterrupted(layout).samples.values()} == {config.global_batch_size}
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step_10", "step_8"] and all(find_damage(step_folder(tmp_path, n)) is None for n in (8, 10))
+
+
+def test_a_run_goes_on_in_another_layout(configure, uninterrupted, tmp_path):
+    config = configure(tmp_path, "tp2_pp2", lmbda=0.0)
+    assert train(config, kill_when=steps_done(config, 5)) is None
+    outcome, expected = train(configure(tmp_path, "dp2", lmbda=0.0)), uninterrupted("dp2", lmbda=0.0)
+    assert outcome.samples == expected.samples
+    for row, expected_row in zip(outcome.metrics, expected.metrics, strict=True):
+        assert row == pytest.approx(expected_row, rel=1e-5, abs=1e-6)
+    for name, value in expected.weights.items():
+        torch.testing.assert_close(outcome.weights[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_killed_while_saving_it_goes_on_from_the_checkpoint_before(configure, uninterrupted, tmp_path):
+    config = configure(tmp_path)
+    assert train(config, kill_when=saving(config, 8)) is None
+    assert step_folder(tmp_path, 8).is_dir() and newest_whole(tmp_path) == step_folder(tmp_path, 4)
+    assert_same(train(config), uninterrupted())
+
+
+def test_a_flipped_bit_sends_it_back_to_the_checkpoint_before(configure, uninterrupted, tmp_path):
+    config = configure(tmp_path)
+    assert train(config, kill_when=steps_done(config, 9)) is None
+    shard = max(step_folder(tmp_path, 8).glob("weights/*.distcp"), key=lambda p: p.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert_same(train(config), uninterrupted())
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int):
+    """A file system of `size` bytes in memory; the test is skipped where none can be mounted."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_ends_the_run_with_its_reason_and_spares_the_older_checkpoint(configure, uninterrupted, tmp_path):
+    probe = configure(tmp_path / "probe")
+    assert train(probe, kill_when=steps_done(probe, 5)) is None
+    size = sum(p.stat().st_size for p in (tmp_path / "probe").rglob("*") if p.is_file())
+    with small_disk(tmp_path / "run", size + (1 << 18)):
+        config = configure(tmp_path / "run")
+        with pytest.raises(AssertionError, match="No space left on device"):
+            train(config)
+        assert newest_whole(tmp_path / "run") == step_folder(tmp_path / "run", 4)
+        subprocess.run(["mount", "-o", f"remount,size={8 * size}", tmp_path / "run"], check=True)
+        assert_same(train(config), uninterrupted())
+
+
+def draw() -> list[float]:
+    """One number of each of this rank's generators."""
+    import numpy as np
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    with get_cuda_rng_tracker().fork():
+        tracked = torch.rand(()).item()
+    return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(()).item(), tracked]
+
+
+def draw_before_and_after(folder: Path) -> bool:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from nemo_tsdkd.megatron.saving import random_state, restore_random_state
+
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    model_parallel_cuda_manual_seed(1)
+    draw()  # a Gaussian of each pair waits in its generator
+    (folder / "random").mkdir(exist_ok=True)
+    torch.save(random_state(), folder / "random" / f"rank_{rank}_of_{world_size}.pt")
+    drawn, later = draw(), draw()
+    restore_random_state(folder)
+    return draw() == drawn != later
+
+
+def test_every_generator_of_every_rank_goes_on_where_it_was(tmp_path):
+    assert ranks.run_ranks(draw_before_and_after, 2, tmp_path) == [True, True]
+
+
+def test_three_kills_at_random_moments_change_nothing(configure, uninterrupted, tmp_path):
+    config = configure(tmp_path)
+    config.checkpoint.every_n_steps = 2
+    generator = random.Random(0)
+    moments = [generator.uniform(0, 2) for _ in range(3)]
+    outcome, met = train_through_kills(config, moments)
+    assert met, "it ended before the first kill"
+    assert_same(outcome, uninterrupted())
