@@ -19,7 +19,9 @@ from nemo_tsdkd.folders import HF_ASSETS
 log = logging.getLogger(__name__)
 
 ENCODED = datasets.Features(
-    prompt_ids=datasets.Sequence(datasets.Value("int32")), response_ids=datasets.Sequence(datasets.Value("int32"))
+    prompt=datasets.Value("string"),
+    prompt_ids=datasets.Sequence(datasets.Value("int32")),
+    response_ids=datasets.Sequence(datasets.Value("int32")),
 )
 
 
@@ -240,10 +242,29 @@ def _encode(
     else:
         prompt_ids = tokenizer(prompt)["input_ids"]
     response_ids = []
-    if need_response:
+    if need_response and "response_ids" in row:
+        response_ids = _written_ids(row, config, tokenizer, where)
+    elif need_response:
         response = _text(row, config.response_column, where)
         response_ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    return {"prompt_ids": prompt_ids, "response_ids": response_ids}
+    return {"prompt": prompt, "prompt_ids": prompt_ids, "response_ids": response_ids}
+
+
+def _written_ids(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+    """The tokens that `nemo-tsdkd generate` sampled: a truncated response has no EOS, and the text, tokenized anew,
+    may be cut in other places."""
+    ids = row["response_ids"]
+    if response_text(tokenizer, ids) != row.get(config.response_column):
+        raise ValueError(
+            f"{where}: response_ids are not the tokens of {config.response_column!r} for this tokenizer. "
+            "Remove the column, so that the text is tokenized."
+        )
+    return ids
+
+
+def response_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    """A response as text, without EOS and other special tokens."""
+    return tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 def _parse_line(line: str, where: str) -> dict[str, Any]:

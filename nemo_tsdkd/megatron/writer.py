@@ -1,0 +1,103 @@
+"""One model, built to decode only, answers a whole data set: the work behind `nemo-tsdkd generate`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from nemo_tsdkd.checkpoint import gpt_config, load_weights, padded_vocab_size, resolve
+from nemo_tsdkd.config import ParallelConfig, TrainConfig
+from nemo_tsdkd.data import PromptDataset, eos_token_ids, load_tokenizer, response_text
+from nemo_tsdkd.megatron.generation import generate
+from nemo_tsdkd.megatron.train import meet
+from nemo_tsdkd.shards import Shards
+
+logger = logging.getLogger(__name__)
+
+
+def load_for_decoding(checkpoint: Path, parallel: ParallelConfig) -> GPTModel:
+    """This rank's shard of a NeMo checkpoint's model in the dtype of its file; sets up Megatron's TP x PP groups.
+
+    What is left of the world is data parallel, context-parallel ranks of the training layout too.
+    """
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    model_parallel_cuda_manual_seed(0)  # Megatron draws initial weights, all of which are then read from the file
+    config = gpt_config(checkpoint)
+    config.tensor_model_parallel_size, config.pipeline_model_parallel_size = tp, pp
+    config.pipeline_dtype = config.params_dtype
+    config.vocab_size = padded_vocab_size(config.vocab_size, tensor_model_parallel_size=tp)
+    model = config.configure_model(tokenizer=None)
+    load_weights(model, checkpoint)
+    return model.to(device=torch.cuda.current_device(), dtype=config.params_dtype).eval().requires_grad_(False)
+
+
+def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
+    """Answer every prompt of `config.data` that no shard holds yet; call on all ranks.
+
+    A response depends on the weights, the prompt, `seed` and the prompt's place in the data set, not on the layout
+    or on interruptions (`generation.generate`).
+    """
+    meet()
+    path = getattr(config, which).path
+    tokenizer = load_tokenizer(path)
+    prompts = PromptDataset.load(config.data, tokenizer)
+    model = load_for_decoding(resolve(path, Path(config.run_dir) / "imported"), config.parallel)
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
+    copy, copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    for shard in _agree_on_missing(shards, config, which, len(prompts))[copy::copies]:
+        start = time.perf_counter()
+        samples = [prompts[i] for i in shards.rows_of(shard, len(prompts))]
+        responses = generate(
+            model,
+            [sample.prompt_ids for sample in samples],
+            config=config.rollout,
+            sample_ids=[sample.index for sample in samples],
+            seed=config.seed,
+            step=0,
+            eos_ids=set(eos_token_ids(tokenizer, path)),
+            vocab_size=len(tokenizer),
+            max_length=config.data.seq_length,
+            tp_group=tp_group,
+            pp_group=pp_group,
+        )
+        if tp_group.rank() == pp_group.rank() == 0:
+            shards.write(
+                shard,
+                [
+                    {
+                        "index": sample.index,
+                        "prompt": prompts.rows[sample.index]["prompt"],
+                        "response": response_text(tokenizer, response.token_ids),
+                        "response_ids": response.token_ids,
+                        "truncated": response.truncated,
+                    }
+                    for sample, response in zip(samples, responses, strict=True)
+                ],
+            )
+            tokens, seconds = sum(len(r.token_ids) for r in responses), time.perf_counter() - start
+            logger.info("shard %d: %d responses, %d tokens/s", shard, len(responses), tokens / seconds)
+    dist.barrier()
+
+
+def _agree_on_missing(shards: Shards, config: TrainConfig, which: str, rows: int) -> list[int]:
+    """The missing shards as rank 0 sees them: on a network file system the others may see them later."""
+    outcome: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            shards.claim(config, which)
+            outcome[0] = shards.missing(rows)
+        except ValueError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]

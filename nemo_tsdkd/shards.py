@@ -1,0 +1,81 @@
+"""A folder of responses in files that appear whole or not at all, so that writing them can be cut off and continued."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nemo_tsdkd.config import TrainConfig
+from nemo_tsdkd.folders import read_json
+from nemo_tsdkd.integrity import sync
+
+FORMATS = ("jsonl", "parquet")
+_SETTINGS = "settings.json"
+
+
+class Shards:
+    """A folder `responses-00000.jsonl`, ... with `size` prompts a file, in the order of the data set.
+
+    A record holds `index, prompt, response, response_ids, truncated`. The token ids are what was sampled; the text,
+    tokenized anew, may be cut in other places.
+    """
+
+    def __init__(self, folder: Path, format: str, size: int) -> None:
+        self.folder, self.format, self.size = folder, format, size
+
+    def claim(self, config: TrainConfig, model: str) -> None:
+        """Open the folder for these settings, or check that it was opened for them. Call it on one rank.
+
+        Raises:
+            ValueError: the folder holds responses written with other settings.
+        """
+        settings = {
+            "model": {"which": model, "path": getattr(config, model).path},
+            "data": asdict(config.data),
+            "rollout": asdict(config.rollout),
+            "seed": config.seed,
+            "shards": {"format": self.format, "size": self.size},
+        }
+        path = self.folder / _SETTINGS
+        if path.exists():
+            for name, value in read_json(path).items():
+                if settings[name] != value:
+                    raise ValueError(
+                        f"--output = {self.folder}: was written with {name} = {value}, not {settings[name]}. "
+                        "Choose another folder, or the same settings to continue."
+                    )
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._appear(path, json.dumps(settings, indent=1).encode())
+
+    def missing(self, rows: int) -> list[int]:
+        """Numbers of the shards of `rows` prompts that are not there yet."""
+        return [shard for shard in range(-(-rows // self.size)) if not self._path(shard).exists()]
+
+    def rows_of(self, shard: int, rows: int) -> range:
+        return range(shard * self.size, min((shard + 1) * self.size, rows))
+
+    def write(self, shard: int, records: list[dict[str, Any]]) -> None:
+        if self.format == "jsonl":
+            content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        else:
+            sink = pa.BufferOutputStream()
+            pq.write_table(pa.Table.from_pylist(records), sink)
+            content = sink.getvalue().to_pybytes()
+        self._appear(self._path(shard), content)
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"responses-{shard:05}.{self.format}"
+
+    def _appear(self, path: Path, content: bytes) -> None:
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_bytes(content)
+        sync(partial)
+        partial.rename(path)
+        sync(self.folder)

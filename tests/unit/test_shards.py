@@ -1,0 +1,92 @@
+"""Shards of responses: whole or absent, continued only with the settings they were begun with, read by the trainer."""
+
+import json
+
+import pytest
+from tiny_hf import save_tokenizer
+
+from nemo_tsdkd.config import DataConfig, TrainConfig
+from nemo_tsdkd.data import PromptDataset, load_tokenizer, response_text
+from nemo_tsdkd.shards import FORMATS, Shards
+
+
+def config(**changes):
+    c = TrainConfig(run_dir="run", seed=changes.get("seed", 1))
+    c.student.path, c.teacher.path, c.data.path = "s", changes.get("teacher", "t"), "d"
+    c.rollout.temperature = changes.get("temperature", 1.0)
+    return c
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_missing_and_where_each_row_goes(tmp_path, format):
+    shards = Shards(tmp_path / "out", format, 4)
+    shards.claim(config(), "teacher")
+    assert shards.missing(10) == [0, 1, 2]
+    assert [list(shards.rows_of(i, 10)) for i in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    shards.write(1, [{"index": 4, "response_ids": [1, 2], "truncated": False}])
+    assert shards.missing(10) == [0, 2]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"responses-00001.{format}", "settings.json"]
+
+
+def test_a_write_that_fails_leaves_no_shard(tmp_path, monkeypatch):
+    shards = Shards(tmp_path, "jsonl", 4)
+
+    def full_disk(path):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("nemo_tsdkd.shards.sync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        shards.write(0, [{"index": 0}])
+    assert shards.missing(4) == [0]
+
+
+@pytest.mark.parametrize("changes", [{"seed": 2}, {"teacher": "u"}, {"temperature": 0.5}])
+def test_a_folder_keeps_its_settings(tmp_path, changes):
+    shards = Shards(tmp_path, "jsonl", 4)
+    shards.claim(config(), "teacher")
+    shards.claim(config(), "teacher")
+    with pytest.raises(ValueError, match="was written with"):
+        shards.claim(config(**changes), "teacher")
+    with pytest.raises(ValueError, match="was written with model"):
+        shards.claim(config(), "student")
+    with pytest.raises(ValueError, match="was written with shards"):
+        Shards(tmp_path, "jsonl", 5).claim(config(), "teacher")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_trainer_reads_the_tokens_that_were_sampled(tmp_path, monkeypatch, format):
+    """Not those the text has: a truncated response has no EOS, and sampled tokens may spell a word in pieces."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    save_tokenizer(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    pieces = [tokenizer.convert_tokens_to_ids(c) for c in "boxes"]
+    assert tokenizer("boxes")["input_ids"] != pieces
+    written = [(pieces, True), ([*pieces, tokenizer.eos_token_id], False), ([tokenizer.eos_token_id], False)]
+    records = [
+        {
+            "index": i,
+            "prompt": f"Ann has {i}",
+            "response": response_text(tokenizer, ids),
+            "response_ids": ids,
+            "truncated": truncated,
+        }
+        for i, (ids, truncated) in enumerate(written)
+    ]
+    shards = Shards(tmp_path / "out", format, 2)
+    shards.claim(config(), "teacher")
+    shards.write(0, records[:2])
+    shards.write(1, records[2:])
+    data = DataConfig(path=str(tmp_path / "out"), seq_length=64)
+    read = PromptDataset.load(data, tokenizer, need_response=True)
+    assert [sample.response_ids for sample in read] == [ids for ids, _ in written]
+    assert read.rows["prompt"][:] == ["Ann has 0", "Ann has 1", "Ann has 2"]
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    save_tokenizer(tmp_path / "tokenizer")
+    row = {"prompt": "Ann", "response": "boxes", "response_ids": [5, 6]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    data = DataConfig(path=str(tmp_path / "a.jsonl"), seq_length=64)
+    with pytest.raises(Exception, match=r"line 1: response_ids are not the tokens of 'response'"):
+        PromptDataset.load(data, load_tokenizer(tmp_path / "tokenizer"), need_response=True)
