@@ -28,7 +28,7 @@ test: setup lab check
 	$(BIN)/pytest
 
 demo: setup
-	$(BIN)/python demo/run.py
+	$(BIN)/python -m nemo_tsdkd.demo.run
 
 bench: setup
 	mkdir -p runs/benchmarks

@@ -22,6 +22,7 @@ from nemo_tsdkd.config import TrainConfig
 
 matplotlib.use("Agg")  # compute nodes have no display
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 # figure -> (unit of its y axis, metrics drawn into it)
 PLOTS = {
@@ -146,6 +147,7 @@ def _plot(metrics: Path, folder: Path) -> None:
         for key in keys:
             axes.plot([row["step"] for row in rows], [row[key] for row in rows], label=key)
         axes.set(xlabel="step", ylabel=unit, title=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
         figure.savefig(folder / f"{name}.png", dpi=120)
         plt.close(figure)
