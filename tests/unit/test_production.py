@@ -1,0 +1,96 @@
+"""The production configurations fit their GPUs, agree with their job scripts, and the docs state what is computed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from nemo_tsdkd.check import check_model_fits
+from nemo_tsdkd.compose import compose_config
+from nemo_tsdkd.memory import GIB, QWEN2_5, per_gpu
+from nemo_tsdkd.precision import FP8, check_shapes
+
+ROOT = Path(__file__).parents[2]
+H100 = 79  # GiB
+CONFIGS = sorted(path.stem for path in (ROOT / "conf").glob("tsdkd_*.yaml"))
+COLUMNS = (
+    ("weights, gradients", "student_weights_and_grads"),
+    ("optimizer", "student_optimizer"),
+    ("teacher", "teacher_weights"),
+    ("activations", "activations"),
+    ("loss", "loss"),
+    ("hidden", "teacher_hidden"),
+    ("KV cache", "kv_cache"),
+    ("peak", "peak"),
+)
+
+
+def load(name, *overrides):
+    return compose_config(name, ["run_dir=run", "data.path=data.jsonl", *overrides])
+
+
+def shapes(name):
+    teacher, student = re.match(r"tsdkd_([\d.]+b)_to_([\d.]+b)", name).groups()
+    return {"student": QWEN2_5[student.upper()], "teacher": QWEN2_5[teacher.upper()]}
+
+
+def memory_table():
+    """docs/cluster.md's table of layouts, as it should read."""
+    lines = ["| configuration | tokens | GPUs | TP x PP x DP | " + " | ".join(title for title, _ in COLUMNS) + " |"]
+    lines.append("|---" * (4 + len(COLUMNS)) + "|")
+    for name in CONFIGS:
+        c = load(name)
+        p, memory = c.parallel, per_gpu(c, **shapes(name))
+        layout = f"{p.tensor_model_parallel_size} x {p.pipeline_model_parallel_size} x {c.data_parallel_size}"
+        figures = " | ".join(f"{getattr(memory, field) / GIB:.1f}" for _, field in COLUMNS)
+        lines.append(f"| `{name}` | {c.data.seq_length} | {p.world_size} | {layout} | {figures} |")
+    return "\n".join(lines)
+
+
+def test_the_docs_state_the_memory_that_is_computed():
+    assert memory_table() in (ROOT / "docs" / "cluster.md").read_text()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_layout_fits_an_h100_with_room_to_spare(name):
+    assert per_gpu(load(name), **shapes(name)).peak < 0.8 * H100 * GIB
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_models_can_be_cut_that_way_also_in_fp8(name):
+    config = load(name)
+    config.validate()
+    for which, shape in shapes(name).items():
+        fields = {
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "intermediate_size": shape.ffn,
+            "num_hidden_layers": shape.layers,
+        }
+        check_model_fits(fields, config.parallel, which)
+    for precision in FP8:
+        check_shapes(load(name, f"precision={precision}"), **shapes(name))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_more_tensor_parallelism_than_key_value_heads_is_refused(name):
+    config = load(name, f"parallel.tensor_model_parallel_size={2 * shapes(name)['student'].kv_heads}")
+    with pytest.raises(ValueError, match="tensor_model_parallel_size"):
+        check_model_fits(
+            {
+                "num_attention_heads": 2**10,
+                "num_key_value_heads": shapes(name)["student"].kv_heads,
+                "intermediate_size": 2**12,
+                "num_hidden_layers": shapes(name)["student"].layers,
+            },
+            config.parallel,
+            "student",
+        )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_job_script_asks_for_the_nodes_of_the_configuration(name):
+    script = (ROOT / "slurm" / f"{name.removesuffix('_long')}.sh").read_text()
+    p = load(name).parallel
+    assert f"#SBATCH --nodes={p.num_nodes}\n" in script and f"#SBATCH --gpus-per-node={p.gpus_per_node}\n" in script
+    assert f"#SBATCH --ntasks-per-node={p.gpus_per_node}\n" in script
