@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -92,8 +93,12 @@ def load_weights(module: MCoreGPTModel, checkpoint: Path) -> None:
 
 
 def padded_vocab_size(*vocab_sizes: int, tensor_model_parallel_size: int) -> int:
-    """The common width of several models' embeddings: their largest, rounded up to 128 rows a tensor-parallel rank."""
-    rows = 128 * tensor_model_parallel_size
+    """The common width of several models' embeddings: their largest, rounded up to 128 rows a tensor-parallel rank.
+
+    The same width serves every TP up to 8, so that a run resumes on another: flat optimizer state has no padding rows
+    that could be cut or added.
+    """
+    rows = math.lcm(128 * 8, 128 * tensor_model_parallel_size)
     return -(-max(vocab_sizes) // rows) * rows
 
 

@@ -48,6 +48,16 @@ class TSDKDStrategy(nl.MegatronStrategy):
         if met_before:  # to import checkpoints together: NeMo then returns before it builds Megatron's groups
             init_model_parallel(self.model)
 
+    @property
+    def sharded_state_dict_metadata(self) -> dict[str, Any]:
+        """Every parameter's optimizer state under its own key and range, so that a run resumes on any layout.
+
+        NeMo's own choice, "fully_reshardable", strips the padding between gradient buckets but not from the offsets it
+        then reads at: Megatron 0.15 so shifts Adam's state of tied embeddings under pipeline parallelism.
+        """
+        metadata = super().sharded_state_dict_metadata
+        return metadata | {"distrib_optim_sharding_type": "fully_sharded_model_space"}
+
     def training_step(self, dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Tensor:
         model, step = self.lightning_module, self.trainer.global_step
         self.step_metrics = {"lr": self.optimizers[0].param_groups[0]["lr"]}
