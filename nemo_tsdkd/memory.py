@@ -132,8 +132,8 @@ def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Me
     activations = student.layers // pp * in_flight * layer
 
     columns = student.padded_vocab(tp) // tp
-    chunk = min(tokens, config.objective.chunk_tokens)
-    loss = chunk * columns * (2 * 2 + 4 * 4)  # bf16 logits of both models; four fp32 tensors while the loss is taken
+    tile = min(tokens * columns, config.objective.chunk_tokens * student.padded_vocab(tp))
+    loss = tile * (2 * 2 + 4 * 4)  # bf16 logits of both models; four fp32 tensors while the loss is taken
     if config.objective.head == "logits":
         loss += 3 * 2 * tokens * columns  # bf16 logits of both models and the student's gradient, whole
     hidden = 2 * tokens * teacher.hidden // (tp if p.sequence_parallel else 1)

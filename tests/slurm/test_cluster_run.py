@@ -9,10 +9,15 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import tiny_run
-from slurm_lab import Job, wait_until
+from safetensors.numpy import load_file
+from slurm_lab import TWO_BY_TWO, Job, wait_until
+
+from nemo_tsdkd.folders import is_nemo_checkpoint
 
 SCRIPT = "tsdkd_14b_to_1.5b.sh"
 STEPS = 40
@@ -39,10 +44,12 @@ def root(tmp_path_factory):
         yield tiny_run.prepare(tmp_path_factory.mktemp("shared"))
 
 
-def submit(root: Path, name: str, *overrides: str, **env: str) -> Job:
-    models = {"MODEL_NAME": str(root / "student"), "TEACHER_NAME": str(root / "teacher")}
-    arguments = ("--", *TINY, *overrides)
-    return Job.submit(SCRIPT, root / name, *arguments, DATA=str(root / "data.jsonl"), **(models | env))
+def inputs(root: Path) -> dict[str, str]:
+    return {"MODEL_NAME": "student", "TEACHER_NAME": "teacher", "MODELS_DIR": str(root), "DATA": f"{root}/data.jsonl"}
+
+
+def submit(root: Path, name: str, *overrides: str, **options: Any) -> Job:
+    return Job.submit(SCRIPT, root / name, "--", *TINY, *overrides, **inputs(root), **options)
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +156,45 @@ def test_the_final_weights_are_those_of_the_uninterrupted_run(uninterrupted, int
         manifest = json.loads((job.run_dir / f"checkpoints/step_{STEPS}/manifest.json").read_text())
         digests.append(manifest)
     assert digests[0] == digests[1]
+
+
+def test_a_wrong_setting_ends_the_job_in_seconds_and_for_good(lab, root):
+    job = submit(root, "wrong", "objective.beta=2")
+    job.wait_end("FAILED")
+    assert "objective.beta = 2.0: must lie in [0, 1]" in job.log
+    assert (job.field("ExitCode"), job.field("Restarts")) == ("2:0", "0") and "preflight" not in job.log
+
+
+def test_the_preflight_names_the_node_that_lacks_the_teacher(lab, root):
+    teacher = root / "teacher"
+    lab("on", "node2", "mount", "-t", "tmpfs", "none", str(teacher))
+    try:
+        job = submit(root, "blind", flags=(*TWO_BY_TWO, "--nodelist=node1,node2"), MAX_RESTARTS="0")
+        job.wait_end("FAILED", 120)
+    finally:
+        lab("on", "node2", "umount", str(teacher))
+    assert "preflight: FAILED: node2 (rank 2): node: " in job.log and str(teacher) in job.log
+    assert "node1 (" not in job.log and "train: logs" not in job.log
+
+
+def test_models_are_imported_and_students_exported(lab, root, uninterrupted):
+    models = root / "models"
+    (models / "hf" / "Qwen").mkdir(parents=True)
+    (models / "hf" / "Qwen" / "tiny").symlink_to(root / "hf_student")
+    one = ("--gpus-per-node=1",)
+    imported = Job.submit("import.sh", root / "import", flags=one, MODEL_NAME="Qwen/tiny", MODELS_DIR=str(models))
+    exported = Job.submit("export.sh", uninterrupted.run_dir, flags=one, OUTPUT=str(root / "exported"))
+    for job in (imported, exported):
+        job.wait_end("COMPLETED", 240)
+    assert is_nemo_checkpoint(models / "Qwen" / "tiny")
+    before, after = (load_file(root / name / "model.safetensors") for name in ("hf_student", "exported"))
+    assert before.keys() == after.keys()
+    assert all(not np.array_equal(before[name], after[name]) for name in before)  # every weight was trained
+
+
+def test_the_teacher_writes_data_that_training_reads(lab, root):
+    output = root / "responses"
+    job = Job.submit("generate_teacher_data.sh", root / "gen", "--", *TINY, OUTPUT=str(output), **inputs(root))
+    job.wait_end("COMPLETED", 240)
+    rows = [json.loads(line) for path in sorted(output.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    assert len(rows) == 37 and all(row["response"] for row in rows)
