@@ -25,6 +25,11 @@ require() { # require VARIABLE MEANING
   [[ -n ${!1:-} ]] || usage_error "$1 is not set: $2. See docs/cluster.md."
 }
 
+options_after_dashes() { # fills OPTIONS with what follows --
+  [[ $# -eq 0 || $1 == -- ]] || usage_error "unexpected argument '$1': options and Hydra overrides go after --"
+  OPTIONS=("${@:2}")
+}
+
 # A model by name lies in MODELS_DIR, where import.sh put it; anything that is a folder is taken as it is.
 model_folder() { if [[ -d $1 ]]; then realpath "$1"; else printf '%s/%s' "$MODELS_DIR" "$1"; fi; }
 
@@ -106,8 +111,8 @@ configure() { # configure [-- HYDRA_OVERRIDE...]: fills OVERRIDES, the user's ow
     value=${!variable:-}
     [[ -z $value ]] || OVERRIDES+=("${FIELDS[$variable]}='${value//\'/\\\'}'") # quoted as Hydra reads it
   done
-  [[ $# -eq 0 || $1 == -- ]] || usage_error "unexpected argument '$1': Hydra overrides go after --"
-  OVERRIDES+=("${@:2}")
+  options_after_dashes "$@"
+  OVERRIDES+=("${OPTIONS[@]}")
   use_container "$RUN_DIR" "${DATA:-}" "${MODEL_NAME:-}" "${TEACHER_NAME:-}"
 }
 
