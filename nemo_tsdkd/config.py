@@ -267,6 +267,13 @@ class TrainConfig:
             "Lower it.",
         )
         _require(
+            self.checkpoint.every_n_steps % self.rollout.reuse == 0,
+            "checkpoint.every_n_steps",
+            self.checkpoint.every_n_steps,
+            f"must be a multiple of rollout.reuse = {self.rollout.reuse}: a checkpoint holds no rollouts",
+            f"Use {-(-self.checkpoint.every_n_steps // self.rollout.reuse) * self.rollout.reuse}.",
+        )
+        _require(
             self.rollout.lmbda == 0 or self.rollout.max_new_tokens < self.data.seq_length,
             "rollout.max_new_tokens",
             self.rollout.max_new_tokens,

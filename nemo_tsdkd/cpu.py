@@ -31,7 +31,7 @@ def install() -> bool:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it for sequence parallelism
     # Megatron's jit_fuser compiles at import: without a GPU that costs a C++ compiler and minutes, for nothing.
     torch.compile = lambda model=None, *a, **k: model if model is not None else (lambda f: f)
-    import megatron.core.tensor_parallel.random  # imported before torch.cuda is patched: it inspects the real one
+    import megatron.core.tensor_parallel.random  # noqa: F401  before torch.cuda is patched: it inspects the real one
 
     for patch in (
         _factories,

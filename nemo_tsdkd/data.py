@@ -152,12 +152,18 @@ class EpochOrder(Dataset[Sample]):
 
     Draw `i` depends on `(seed, i)` alone, so a run resumes at `consumed_samples` on any layout.
     `Sample.index` is `i`: unique over the whole run, hence a key for the sampler's noise.
+
+    With `repeats` each `block` of draws (a global batch) is given so many times in a row, for `rollout.reuse`.
     """
 
-    def __init__(self, dataset: Dataset[Sample], total_samples: int, seed: int) -> None:
+    def __init__(
+        self, dataset: Dataset[Sample], total_samples: int, seed: int, *, block: int = 1, repeats: int = 1
+    ) -> None:
         self.dataset = dataset
         self.total_samples = total_samples
         self.seed = seed
+        self.block = block
+        self.repeats = repeats
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
@@ -167,6 +173,7 @@ class EpochOrder(Dataset[Sample]):
     def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < self.total_samples:
             raise IndexError(i)
+        i = i // (self.block * self.repeats) * self.block + i % self.block
         epoch, position = divmod(i, len(self.dataset))  # type: ignore[arg-type]
         if epoch != self._epoch:
             self._epoch = epoch

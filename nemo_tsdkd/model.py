@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ from nemo_tsdkd.precision import pad_to_multiple
 from nemo_tsdkd.rollout import Response
 from nemo_tsdkd.sampling import on_policy
 from nemo_tsdkd.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,12 @@ class TSDKDModel(llm.GPTModel):
         if not self.trainer.ckpt_path:  # a resumed student comes from the run's own checkpoint
             load_weights(self.module, self.checkpoints.student)
         self.teacher = Teacher(self.checkpoints.teacher_config, self.checkpoints.teacher, self.run.teacher)
+        rows = self.run.global_batch_size // self.run.data_parallel_size
+        logger.info(
+            "teacher: a step keeps at most %.1f MiB of hidden states on the %s of each last-stage rank.",
+            self.teacher.bytes_per_token * rows * self.run.data.seq_length / 2**20,
+            "host" if self.run.teacher.offload == "cpu" else "device",
+        )
 
     # Act one: the student writes, or the data speak.
     def respond(self, samples: Sequence[Sample], step: int) -> list[Response]:

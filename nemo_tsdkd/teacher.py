@@ -48,6 +48,13 @@ class Teacher:
         """The teacher's output weight `[V/TP, H]`, on the last stage only."""
         return head_weight(self.module)
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Memory of one response token's hidden state on one rank of the last stage."""
+        config = self.module.config
+        shards = config.context_parallel_size * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+        return config.hidden_size * config.params_dtype.itemsize / shards
+
     @torch.no_grad()
     def read(self, micro_batches: list[MicroBatch]) -> list[list[Tensor]] | None:
         """Final hidden states of the response positions, on the last stage; None on the others.

@@ -39,7 +39,10 @@ class SampleModule(pl.LightningDataModule):
         # Lightning counts a resumed run's steps from the start but measures the loader from where it resumes:
         # twice the samples keep the epoch from ending early; max_steps ends the run.
         total = 2 * config.max_steps * config.global_batch_size
-        return DataLoader(EpochOrder(self.dataset, total, config.seed), collate_fn=as_list)
+        order = EpochOrder(
+            self.dataset, total, config.seed, block=config.global_batch_size, repeats=config.rollout.reuse
+        )
+        return DataLoader(order, collate_fn=as_list)
 
     def reconfigure_limit_batches(self) -> None:
         """NeMo calls it to convert validation batches to micro-batches; there is no validation loop here."""

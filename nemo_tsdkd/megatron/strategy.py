@@ -60,7 +60,10 @@ class TSDKDStrategy(nl.MegatronStrategy):
 
     def training_step(self, dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Tensor:
         model, step = self.lightning_module, self.trainer.global_step
-        self.step_metrics = {"lr": self.optimizers[0].param_groups[0]["lr"]}
+        self.step_metrics = {
+            "lr": self.optimizers[0].param_groups[0]["lr"],
+            "rollout_age": step % model.run.rollout.reuse,  # optimizer steps since these responses were written
+        }
         samples = [sample for _ in range(get_num_microbatches()) for sample in next(dataloader_iter)[0]]
         with self._timed("rollout_s"):
             responses = model.respond(samples, step)

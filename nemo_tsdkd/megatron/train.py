@@ -41,7 +41,7 @@ def train(config: TrainConfig) -> None:
     check_engine(config)
     run_dir = Path(config.run_dir)
     meet()
-    model, data = build_model(config, run_dir), build_data(config)
+    data, model = build_data(config), build_model(config, run_dir)  # the data first: they fail sooner
     if dist.get_rank() == 0:
         save_provenance(run_dir, config)
     callbacks = [

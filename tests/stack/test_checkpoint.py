@@ -298,7 +298,8 @@ def test_what_cannot_be_imported_is_refused_with_its_reason(kind, folders, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("sizes", "tp", "width"), [((151936, 152064), 1, 152576), ((151936, 152064), 8, 152576), ((330,), 2, 1024), ((330,), 3, 3072)]
+    ("sizes", "tp", "width"),
+    [((151936, 152064), 1, 152576), ((151936, 152064), 8, 152576), ((330,), 2, 1024), ((330,), 3, 3072)],
 )
 def test_the_common_width_holds_both_and_divides(sizes, tp, width):
     from nemo_tsdkd.checkpoint import padded_vocab_size

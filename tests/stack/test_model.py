@@ -1,0 +1,134 @@
+"""What a run must never do: train the teacher, save it, go on after a NaN, or die with unsaved steps."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import ranks
+import tiny_run
+
+from nemo_tsdkd.config import TrainConfig
+from nemo_tsdkd.integrity import newest_whole, step_folder
+
+TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tiny_run.prepare(tmp_path_factory.mktemp("model"))
+
+
+def train_and_look(config: TrainConfig) -> dict:
+    """Train on this rank; return what the trained module holds and what became of the teacher."""
+    import torch
+
+    from nemo_tsdkd.megatron import callbacks
+    from nemo_tsdkd.megatron.train import train
+
+    seen = {}
+
+    class Look(callbacks.SaveAndStop):
+        def on_train_start(self, trainer, model):
+            super().on_train_start(trainer, model)
+            seen["before"] = [p.clone() for p in model.teacher.module.parameters()]
+
+        def on_train_end(self, trainer, model):
+            teacher = list(model.teacher.module.parameters())
+            owned = {id(p) for p in trainer.model.parameters()}
+            seen["shared"] = sum(id(p) in owned for p in teacher)
+            seen["trainable"] = sum(p.requires_grad or p.grad is not None for p in teacher)
+            seen["changed"] = sum(not torch.equal(p, q) for p, q in zip(teacher, seen.pop("before"), strict=True))
+            seen["student"] = sum(p.numel() for p in trainer.model.parameters())
+            seen["optimized"] = sum(p.numel() for g in trainer.optimizers[0].param_groups for p in g["params"])
+
+    import nemo_tsdkd.megatron.train as module
+
+    module.SaveAndStop = Look
+    train(config)
+    return seen
+
+
+def test_only_the_student_is_trained_counted_and_saved(root, tmp_path):
+    config = tiny_run.config(root, tmp_path, 1, lmbda=1.0)
+    config.max_steps = 2
+    seen = ranks.run_ranks(train_and_look, 1, config)[0]
+    assert seen["shared"] == seen["trainable"] == seen["changed"] == 0
+    assert seen["optimized"] == seen["student"]
+    saved = ranks.run_ranks(tensors_of, 1, step_folder(tmp_path, 2))[0]
+    layers = {shape[0] for name, shape in saved.items() if "decoder.layers" in name}
+    assert layers == {2}  # the student's depth; the teacher has four layers
+    assert {shape[1] for name, shape in saved.items() if "word_embeddings" in name} == {32}
+
+
+def tensors_of(checkpoint: Path) -> dict:
+    from megatron.core import dist_checkpointing
+
+    tensors = dist_checkpointing.load_tensors_metadata(str(checkpoint / "weights"))
+    return {name: tensor.global_shape for name, tensor in tensors.items() if name.startswith("module.")}
+
+
+def train_with_nan(config: TrainConfig) -> str:
+    """Put a NaN into one rank's weights after the first step; return the error that ends the run on this rank."""
+    import torch
+
+    import nemo_tsdkd.megatron.train as module
+
+    class Spoil(module.SaveAndStop):
+        def on_train_batch_end(self, trainer, model, *args):
+            super().on_train_batch_end(trainer, model, *args)
+            if trainer.global_step == 1 and trainer.is_global_zero:
+                with torch.no_grad():
+                    next(p for n, p in model.module.named_parameters() if "linear_fc1" in n)[0] = float("nan")
+
+    module.SaveAndStop = Spoil
+    try:
+        module.train(config)
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("world_size", "parallel"), [(2, {TP: 2}), (2, {PP: 2}), (2, {})], ids=["tp", "pp", "dp"])
+def test_a_nan_stops_every_rank_and_says_where(world_size, parallel, root, tmp_path):
+    config = tiny_run.config(root, tmp_path, world_size, **parallel)
+    config.checkpoint.every_n_steps = 1
+    errors = ranks.run_ranks(train_with_nan, world_size, config)
+    assert all("step 2: " in e and "loss = nan" in e for e in errors), errors
+    assert any("in the micro-batch of samples [" in e for e in errors), errors
+    assert newest_whole(tmp_path) == step_folder(tmp_path, 1)
+
+
+def train_with_signal(config: TrainConfig, rank: int, step: int) -> None:
+    """Send SIGUSR1 to one rank in the middle of a step, as a cluster does."""
+    import nemo_tsdkd.megatron.train as module
+
+    class Signalled(module.SaveAndStop):
+        def on_train_batch_start(self, trainer, model, *args):
+            if trainer.global_step == step and trainer.global_rank == rank:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    module.SaveAndStop = Signalled
+    module.train(config)
+
+
+def test_a_signal_to_one_rank_saves_and_stops_all_and_the_run_goes_on(root, tmp_path):
+    config = tiny_run.config(root, tmp_path, 2, lmbda=1.0)
+    ranks.run_ranks(train_with_signal, 2, config, 1, 2)
+    assert newest_whole(tmp_path) == step_folder(tmp_path, 3)
+    assert not (tmp_path / "FINISHED").exists()
+    ranks.run_ranks(train_with_signal, 2, config, 1, -1)
+    assert (tmp_path / "FINISHED").exists() and (tmp_path / "last_step").read_text() == "5\n"
+
+
+def test_rollouts_are_reused_and_a_stop_waits_for_their_end(root, tmp_path):
+    config = tiny_run.config(root, tmp_path, 1, lmbda=1.0)
+    config.max_steps, config.rollout.reuse, config.checkpoint.every_n_steps = 6, 3, 3
+    ranks.run_ranks(train_with_signal, 1, config, 0, 1)
+    assert newest_whole(tmp_path) == step_folder(tmp_path, 3)
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [s["rollout_age"] for s in steps] == [0, 1, 2]
+    assert steps[1]["rollout_s"] < steps[0]["rollout_s"] / 5
+    assert len({s["response_length_mean"] for s in steps}) == 1
+    assert steps[0]["loss"] > steps[1]["loss"] > steps[2]["loss"]  # three steps down on one batch
