@@ -63,7 +63,7 @@ class ObjectiveConfig:
     entropy_rule: str = "top_fraction"
     gate_rule: str = "confidence"
     head: str = "logits"  # logits | fused: fused never holds a [tokens, V/TP] tensor
-    chunk_tokens: int = 8  # tokens, over the whole vocabulary, whose fp32 logits a rank holds at once; 32 on a GPU
+    chunk_tokens: int = 4  # tokens, over the whole vocabulary, whose fp32 logits a rank holds at once; 32 on a GPU
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Raise ValueError on the first field that breaks its rule. Selection rules are checked by their registry."""
