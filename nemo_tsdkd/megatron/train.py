@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -40,24 +42,29 @@ def train(config: TrainConfig) -> None:
     check_setup(config)
     check_engine(config)
     run_dir = Path(config.run_dir)
-    meet()
-    data, model = build_data(config), build_model(config, run_dir)  # the data first: they fail sooner
-    if dist.get_rank() == 0:
-        save_provenance(run_dir, config)
-    callbacks = [
-        Report(run_dir, config.progress_bar),
-        SaveAndStop(run_dir, model.checkpoints.student, config.checkpoint, config.rollout.reuse),
-    ]
-    build_trainer(config, callbacks).fit(model, datamodule=data, ckpt_path=checkpoint_to_resume(run_dir))
+    with process_group():
+        data, model = build_data(config), build_model(config, run_dir)  # the data first: they fail sooner
+        if dist.get_rank() == 0:
+            save_provenance(run_dir, config)
+        callbacks = [
+            Report(run_dir, config.progress_bar),
+            SaveAndStop(run_dir, model.checkpoints.student, config.checkpoint, config.rollout.reuse),
+        ]
+        build_trainer(config, callbacks).fit(model, datamodule=data, ckpt_path=checkpoint_to_resume(run_dir))
 
 
-def meet() -> None:
-    """Start the world's process group; Lightning goes on with it. The ranks have things to settle before it does."""
-    if not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Let the ranks meet: they have imports and a resume to settle before Lightning, which goes on with the group."""
+    if dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    yield
+    dist.barrier()  # not after an error: the others may be waiting in another collective
+    dist.destroy_process_group()
 
 
 def build_data(config: TrainConfig) -> SampleModule:

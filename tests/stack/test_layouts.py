@@ -42,11 +42,6 @@ def whole_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tiny_run.prepare(tmp_path_factory.mktemp("layouts"))
-
-
-@pytest.fixture(scope="module")
 def alone(root, tmp_path_factory):
     """The reference: one process, off-policy."""
     return ranks.run_ranks(run, 1, tiny_run.config(root, tmp_path_factory.mktemp("alone"), 1))[0]

@@ -15,11 +15,6 @@ from nemo_tsdkd.integrity import newest_whole, step_folder
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tiny_run.prepare(tmp_path_factory.mktemp("model"))
-
-
 def train_and_look(config: TrainConfig) -> dict:
     """Train on this rank; return what the trained module holds and what became of the teacher."""
     import torch

@@ -18,11 +18,6 @@ LAYOUTS = {"dp2": (2, {}), "tp2_pp2": (4, {TP: 2, PP: 2})}
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tiny_run.prepare(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
 def configure(root):
     def configure(run_dir, layout="dp2", lmbda=0.5):
         """Ten steps, half of them on-policy, saved after 4, 8 and 10."""
