@@ -1,0 +1,110 @@
+"""`make demo`: Hugging Face checkpoints in, TSD-KD on four processes at TP 2 x PP 2, Hugging Face checkpoint out.
+
+Each step of the main job is the command that a user would type, in a process of its own. The two Hugging Face
+models are trained once and kept; the distillation starts afresh each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from nemo_tsdkd.compose import compose_config
+from nemo_tsdkd.demo.pretrain import pretrained
+from nemo_tsdkd.demo.score import accuracy
+from nemo_tsdkd.demo.tasks import DISTIL_SEED, HELD_OUT, TASK, held_out_problems, training_problems, written_steps
+from nemo_tsdkd.metrics import write_json
+
+PROMPTS = 5_000
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the demo and write `demo/summary.json` under `--runs`; what stood in `demo/` is replaced."""
+    parser = argparse.ArgumentParser(prog="python -m nemo_tsdkd.demo.run", description=main.__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for the demo's results and its cache")
+    parser.add_argument("--problems", type=int, default=HELD_OUT, help="held-out problems to score on")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of conf/demo.yaml, such as max_steps=20")
+    args = parser.parse_args(argv)
+    folder, seconds = args.runs / "demo", {}
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+    with _phase("pretraining", seconds):
+        models = pretrained(args.runs / "demo-cache")
+    paths = {
+        "run_dir": folder / "train",
+        "student.path": models["student"],
+        "teacher.path": models["teacher"],
+        "data.path": _write_prompts(folder / "prompts.jsonl"),
+    }
+    overrides = [*(f"{key}={path}" for key, path in paths.items()), *args.overrides]
+    config = compose_config("demo", overrides)
+    with _phase("distillation", seconds):
+        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.world_size)]
+        _python(*ranks, "-m", "nemo_tsdkd", "train", "--config-name", "demo", *overrides)
+    models["distilled"] = folder / "student-hf"
+    with _phase("export", seconds):
+        source, target = str(folder / "train"), str(models["distilled"])
+        _python("-m", "nemo_tsdkd", "export", "--checkpoint", source, "--to", "hf", "--output", target)
+    with _phase("scoring", seconds):
+        problems = held_out_problems(args.problems)
+        scores = {name: accuracy(path, problems) for name, path in models.items()}
+
+    summary = {
+        "student_before": scores["student"],
+        "teacher": scores["teacher"],
+        "student_after": scores["distilled"],
+        "problems": len(problems),
+        "steps": json.loads((folder / "train" / "summary.json").read_text())["steps"],
+        "export": str(models["distilled"]),
+        "seconds": seconds,
+    }
+    write_json(folder / "summary.json", summary)
+    _show(summary)
+
+
+@contextmanager
+def _phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    print(f"demo: {name} ...", flush=True)
+    start = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - start, 1)
+    print(f"demo: {name} took {seconds[name]:.0f} s", flush=True)
+
+
+def _write_prompts(path: Path) -> Path:
+    """The distillation's data. The responses serve off-policy steps only, where rollout.lmbda is below 1."""
+    with path.open("w", encoding="utf-8") as file:
+        for problem in training_problems(PROMPTS, DISTIL_SEED):
+            file.write(json.dumps({"prompt": problem["question"], "response": written_steps(problem)}) + "\n")
+    return path
+
+
+def _python(*arguments: str) -> None:
+    # One thread a process: four ranks share a laptop's cores, and idle OpenMP threads would spin on them.
+    subprocess.run([sys.executable, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+
+
+def _show(summary: dict) -> None:
+    table = Table(title=f"TSD-KD on {TASK}: {summary['steps']} steps, {summary['problems']} held-out problems")
+    table.add_column("model")
+    table.add_column("accuracy", justify="right")
+    for name in ("student_before", "teacher", "student_after"):
+        table.add_row(name.replace("_", " "), f"{summary[name]:.1%}")
+    Console().print(table)
+    print(f"{sum(summary['seconds'].values()):.0f} s in all. Exported checkpoint: {summary['export']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The demo's problems: chains of sums from reasoning-gym, their written-out steps, and a tokenizer for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import reasoning_gym
+from reasoning_gym.factory import get_score_answer_fn
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+TASK = "chain_sum"
+SETTINGS = {"min_terms": 3, "max_terms": 5, "min_digits": 1, "max_digits": 1}
+HELD_OUT = 400
+# reasoning-gym draws problem i of a data set from seed + i: seeds lie further apart than any data set is long.
+HELD_OUT_SEED, PRETRAIN_SEED, DISTIL_SEED = 0, 10_000_000, 20_000_000
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+Problem = dict[str, Any]  # reasoning-gym's entry: question, answer, metadata
+
+
+def held_out_problems(count: int = HELD_OUT) -> list[Problem]:
+    """Different problems that no training set holds."""
+    return _draw(count, HELD_OUT_SEED, without=set())
+
+
+def training_problems(count: int, seed: int) -> list[Problem]:
+    """Different problems, none of them held out."""
+    return _draw(count, seed, without={problem["question"] for problem in held_out_problems()})
+
+
+def _draw(count: int, seed: int, without: set[str]) -> list[Problem]:
+    drawn = {p["question"]: p for p in reasoning_gym.create_dataset(TASK, seed=seed, size=2 * count, **SETTINGS)}
+    kept = [problem for question, problem in drawn.items() if question not in without]
+    assert len(kept) >= count, f"{count} problems asked, {len(kept)} different ones drawn"
+    return kept[:count]
+
+
+def written_steps(problem: Problem) -> str:
+    """The response a teacher learns: one line for each operation, then the answer."""
+    first, *rest = problem["metadata"]["expression"].split()
+    total, lines = int(first), []
+    for operator, term in zip(rest[::2], rest[1::2], strict=True):
+        result = total + int(term) if operator == "+" else total - int(term)
+        lines.append(f"{total} {operator} {term} = {result}")
+        total = result
+    return "\n".join([*lines, f"Answer: {total}"])
+
+
+def is_solved(problem: Problem, response: str) -> bool:
+    """Whether reasoning-gym's verifier accepts what stands after the response's last `Answer:`."""
+    _, found, answer = response.rpartition("Answer:")
+    return bool(found) and get_score_answer_fn(TASK)(answer.strip(), problem) == 1.0
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with single digits and a ChatML template, trained on a sample of the task."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?\d| ?[^\s\d]+|\s"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    text = [f"user\n{p['question']}\nassistant\n{written_steps(p)}" for p in training_problems(500, PRETRAIN_SEED)]
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(special_tokens=special, show_progress=False))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],  # Qwen2 knows no token types
+    )

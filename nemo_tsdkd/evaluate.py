@@ -1,0 +1,125 @@
+"""`nemo-tsdkd evaluate`: an exported Hugging Face folder on benchmarks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nemo_tsdkd.compose import CONF
+from nemo_tsdkd.folders import require_importable
+
+GROUPS = CONF / "evaluate"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Score a Hugging Face folder and write the harness's results as JSON."""
+    parser = argparse.ArgumentParser(prog="nemo-tsdkd evaluate", description=main.__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder, such as `export` writes")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--tasks", default="paper", help="a file of conf/evaluate, or task names joined by commas")
+    parser.add_argument(
+        "--include-path", type=Path, help="folder of task files to use instead of the harness's"
+    )
+    parser.add_argument("--limit", type=int, help="score the first N problems of each task only")
+    parser.add_argument("--batch-size", default="8", help="sequences at once, or `auto`")
+    parser.add_argument("--no-chat-template", action="store_true", help="give the prompts as they are: for base models")
+    parser.add_argument(
+        "--allow-code-execution",
+        action="store_true",
+        help="let tasks such as MBPP run, on this machine and unconfined, the code that the model writes",
+    )
+    args = parser.parse_args(argv)
+    require_importable(args.model)
+    if args.include_path and not args.include_path.is_dir():
+        raise ValueError(f"--include-path = {args.include_path}: no such folder. Give a folder of task YAML files.")
+    results = evaluate(
+        args.model,
+        task_names(args.tasks),
+        include_path=args.include_path,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        chat_template=not args.no_chat_template,
+        allow_code_execution=args.allow_code_execution,
+    )
+    # Imported late, as the harness is: it brings matplotlib and TensorBoard.
+    from nemo_tsdkd.metrics import write_json
+
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, results)
+    for task, scores in results["results"].items():
+        for metric, value in scores.items():
+            if isinstance(value, float) and "stderr" not in metric:
+                print(f"{task}  {metric}  {value:.4f}")
+    print(args.output)
+
+
+def task_names(tasks: str) -> list[str]:
+    """Harness tasks of a group of conf/evaluate (`paper`), or the comma-separated names themselves."""
+    group = GROUPS / f"{tasks}.yaml"
+    return list(OmegaConf.load(group).values()) if group.is_file() else tasks.split(",")
+
+
+def evaluate(
+    model: Path,
+    tasks: Sequence[str],
+    *,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    batch_size: str = "8",
+    chat_template: bool = True,
+    allow_code_execution: bool = False,
+) -> dict[str, Any]:
+    """The harness's `results`, `versions`, `n-shot` and `n-samples` for a Hugging Face folder.
+
+    Raises:
+        ValueError: lm-eval is not installed, a task that the harness (or `include_path`) does not have, or one that
+            runs the model's code without `allow_code_execution`.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as e:
+        raise ValueError(f"evaluation needs lm-eval ({e}): pip install 'nemo-tsdkd[evaluate]'.") from e
+    import torch
+
+    # The harness reads all its 14,000 task files: only where they are asked for.
+    manager = TaskManager(
+        include_path=str(include_path) if include_path else None, include_defaults=include_path is None
+    )
+    check_tasks(tasks, manager, allow_code_execution)
+    if allow_code_execution:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks once more
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(model), "dtype": "auto", "trust_remote_code": False},
+        tasks=list(tasks),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        batch_size=batch_size,
+        limit=limit,
+        apply_chat_template=chat_template,
+        task_manager=manager,
+        log_samples=False,
+        confirm_run_unsafe_code=allow_code_execution,
+    )
+    return {key: results[key] for key in ("results", "versions", "n-shot", "n-samples")}
+
+
+def check_tasks(tasks: Sequence[str], manager: Any, allow_code_execution: bool) -> None:
+    """Raise ValueError, before any model or data set is loaded, on a task that cannot or may not run."""
+    unknown = [task for task in tasks if task not in manager.task_index]
+    if unknown:
+        raise ValueError(
+            f"--tasks: the harness has no {', '.join(unknown)}. List its names with `lm-eval ls tasks`, or give the "
+            "folder of your own task files as --include-path."
+        )
+    runs_code = [task for task in tasks if (manager.task_index[task].cfg or {}).get("unsafe_code")]
+    if runs_code and not allow_code_execution:
+        raise ValueError(
+            f"--tasks: {', '.join(runs_code)} runs the code that the model writes on this machine. In a container "
+            "that may be lost, add --allow-code-execution; else leave it out."
+        )

@@ -1,0 +1,89 @@
+"""The demo's parts: problems that are apart, steps that are right, models as their recipes say, a cache that keeps."""
+
+from dataclasses import replace
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemo_tsdkd.demo import pretrain, score, tasks
+from nemo_tsdkd.demo.tasks import is_solved, written_steps
+
+TINY = replace(pretrain.RECIPES["student"], hidden_size=32, steps=2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tasks.build_tokenizer()
+
+
+@pytest.mark.parametrize("seed", [tasks.PRETRAIN_SEED, tasks.DISTIL_SEED])
+def test_no_training_problem_is_held_out(seed):
+    held_out = {p["question"] for p in tasks.held_out_problems()}
+    training = {p["question"] for p in tasks.training_problems(5000, seed)}
+    assert len(held_out) == tasks.HELD_OUT and len(training) == 5000
+    assert not held_out & training
+
+
+def test_written_steps_are_right_and_verified():
+    for problem in tasks.held_out_problems():
+        *lines, last = written_steps(problem).splitlines()
+        assert is_solved(problem, "\n".join([*lines, last]))
+        for line, following in zip(lines, [*lines[1:], last.replace("Answer:", "")], strict=True):
+            left, operator, right, result = line.replace("=", "").split()
+            assert int(left) + int(operator + right) == int(result) == int(following.split()[0])
+
+
+def test_a_wrong_missing_or_early_answer_is_not_a_solution():
+    problem = tasks.held_out_problems(1)[0]
+    right, wrong = problem["answer"], int(problem["answer"]) + 1
+    assert is_solved(problem, f"Answer: {wrong}\nAnswer: {right}")
+    for response in ("", right, f"Answer: {wrong}", f"Answer: {right}\nAnswer: {wrong}", f"Answer: {right} or {wrong}"):
+        assert not is_solved(problem, response)
+
+
+def test_the_tokenizer_is_lossless_and_leaves_padding_to_test(tokenizer):
+    for problem in tasks.held_out_problems(50):
+        for text in (problem["question"], written_steps(problem)):
+            assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 2"}], add_generation_prompt=True)
+    assert tokenizer.decode(chat) == "<|im_start|>user\n1 + 2<|im_end|>\n<|im_start|>assistant\n"
+    widths = {len(tokenizer), *(recipe.vocab_size for recipe in pretrain.RECIPES.values())}
+    assert len(widths) == 3 and all(width % 256 for width in widths)  # 256: what TP 2 pads to
+
+
+def test_models_are_saved_as_their_recipes_say_and_trained_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "PROBLEMS", 64)
+    recipes = {"teacher": replace(TINY, tie_word_embeddings=False, vocab_size=120), "student": TINY}
+    folders = pretrain.pretrained(tmp_path, recipes)
+    for name, recipe in recipes.items():
+        assert not list(folders[name].glob("*.bin"))
+        model = AutoModelForCausalLM.from_pretrained(folders[name])
+        tied = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+        assert (tied, model.config.vocab_size) == (recipe.tie_word_embeddings, recipe.vocab_size)
+        tokenizer = AutoTokenizer.from_pretrained(folders[name])
+        assert tokenizer.chat_template == tasks.CHAT_TEMPLATE
+        assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert pretrain.pretrained(tmp_path, recipes) == folders
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
+    longer = pretrain.pretrained(tmp_path, {"student": replace(TINY, steps=3)})
+    assert longer["student"] != folders["student"]
+
+
+def test_a_training_that_breaks_off_leaves_no_model(tmp_path, monkeypatch):
+    def broken(recipe, problems, folder):
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "train", broken)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrained(tmp_path, {"student": TINY})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_accuracy_counts_what_the_verifier_accepts(tmp_path):
+    known = tasks.training_problems(6, tasks.PRETRAIN_SEED)
+    pretrain.train(replace(TINY, hidden_size=64, steps=200), known, tmp_path)  # enough to know six problems by heart
+    false = [{**problem, "answer": str(int(problem["answer"]) + 1)} for problem in known[:3]]
+    assert score.accuracy(tmp_path, known) == 1.0
+    assert score.accuracy(tmp_path, [*known[3:], *false]) == 0.5
