@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from nemo_tsdkd import launch
 
@@ -51,44 +52,19 @@ def check(argv: Sequence[str]) -> None:
         print(f"# the fullest GPU needs about {per_gpu(config, **shapes).peak / GIB:.1f} GiB")
 
 
-def import_(argv: Sequence[str]) -> None:
-    from nemo_tsdkd.convert import import_main
-
-    import_main(argv)
-
-
-def export(argv: Sequence[str]) -> None:
-    from nemo_tsdkd.convert import export_main
-
-    export_main(argv)
-
-
-def generate(argv: Sequence[str]) -> None:
-    from nemo_tsdkd.generate import main
-
-    main(argv)
-
-
-def evaluate(argv: Sequence[str]) -> None:
-    from nemo_tsdkd.evaluate import main
-
-    main(argv)
-
-
-def preflight(argv: Sequence[str]) -> None:
-    from nemo_tsdkd.preflight import main
-
-    main(argv)
+def _later(module: str, function: str) -> Callable[[Sequence[str]], None]:
+    """`nemo_tsdkd.module.function`, imported when it is called."""
+    return lambda argv: getattr(import_module(f"nemo_tsdkd.{module}"), function)(argv)
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (train, "distil the teacher into the student"),
     "check": (check, "print the resolved configuration and say whether it can run; needs no GPU"),
-    "import": (import_, "Hugging Face checkpoint -> NeMo checkpoint"),
-    "export": (export, "training checkpoint -> NeMo or Hugging Face checkpoint"),
-    "generate": (generate, "write responses of the student or the teacher to a file"),
-    "evaluate": (evaluate, "score an exported student on benchmarks"),
-    "preflight": (preflight, "check nodes, network, files and configuration before a long job"),
+    "import": (_later("convert", "import_main"), "Hugging Face checkpoint -> NeMo checkpoint"),
+    "export": (_later("convert", "export_main"), "training checkpoint -> NeMo or Hugging Face checkpoint"),
+    "generate": (_later("generate", "main"), "write responses of the student or the teacher to a file"),
+    "evaluate": (_later("evaluate", "main"), "score an exported student on benchmarks"),
+    "preflight": (_later("preflight", "main"), "check nodes, network, files and configuration before a long job"),
 }
 
 
