@@ -30,8 +30,9 @@ _LAUNCH_VARIABLES = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_
 def resolve(path: str | Path, cache_dir: Path) -> Path:
     """The NeMo checkpoint for a model path: itself, or the import of a Hugging Face folder.
 
-    Call it on every rank of a job. An import happens once, on rank 0 and in a process of its own (NeMo's exporter
-    builds a world of one); it lies in `cache_dir`, on a file system all ranks share, under a key of the content.
+    Call it on every rank of a job, in its process group. An import happens once, on rank 0 and in a process of its own
+    (NeMo builds a world of one for it); it lies in `cache_dir`, on a file system all ranks share, under a key of the
+    content.
 
     Raises:
         ValueError: `path` is neither kind of folder, or a Hugging Face folder that cannot be imported.
@@ -121,11 +122,7 @@ def _import_once(folder: Path, cache_dir: Path) -> Path:
 def _on_rank_zero(work: Callable[[], str]) -> str:
     """Run `work` on rank 0 and return its result, or raise its error, on every rank."""
     if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return work()
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")  # Lightning goes on with it
+        return work()
     group = dist.new_group(backend="gloo", timeout=_IMPORT_TIMEOUT)  # the default group's timeout is for training
     outcome: list = [None, None]
     if dist.get_rank() == 0:

@@ -86,9 +86,10 @@ class SaveAndStop(pl.Callback):
         # A set of rollouts is not part of a checkpoint: save where the next step would write a new one.
         at_boundary = step % self.reuse == 0 or step == trainer.max_steps
         stop = at_boundary and self._any_rank_asked()
-        if stop or step == trainer.max_steps or step % self.config.every_n_steps == 0:
-            save(trainer, self.run_dir, self.source, self.config)
-        if step == trainer.max_steps and trainer.is_global_zero:
+        last = step == trainer.max_steps
+        if stop or last or step % self.config.every_n_steps == 0:
+            save(trainer, self.run_dir, self.source, self.config, wait=stop or last)
+        if last and trainer.is_global_zero:
             (self.run_dir / "FINISHED").touch()  # a job that finds it never runs again
         trainer.should_stop = trainer.should_stop or stop
 

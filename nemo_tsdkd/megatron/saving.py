@@ -1,12 +1,18 @@
 """Training checkpoints: what is in one, when it counts, and how a run goes on from it.
 
 `checkpoints/step_N` holds NeMo's distributed checkpoint (student, optimizer, schedule, loops, consumed samples), the
-source's config and tokenizer, and each rank's random state. Its manifest comes last: `integrity.py`.
+source's context (config, tokenizer), and each rank's random state. Its manifest comes last: `integrity.py`.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +23,54 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from nemo_tsdkd.config import CheckpointConfig
-from nemo_tsdkd.folders import HF_ASSETS, copy_assets
 from nemo_tsdkd.integrity import describe, newest_whole, remove, retain, seal, step_folder
 
+_FULL = 1 << 20  # bytes: with less a disk is full
 
-def save(trainer: pl.Trainer, run_dir: Path, source: Path, config: CheckpointConfig) -> None:
+
+def save(trainer: pl.Trainer, run_dir: Path, source: Path, config: CheckpointConfig, *, wait: bool) -> None:
     """Write, prove and declare the checkpoint of this step; then the old ones may go. Collective.
 
+    With `async_save` the files are written behind the following steps; NeMo's callback finds that all ranks are done.
+
     Args:
-        source: the imported student the run began with, for its config and tokenizer.
+        source: the imported student the run began with, whose context (config, tokenizer) every checkpoint repeats.
+        wait: return when the checkpoint is whole, even with `async_save`.
+
+    Raises:
+        OSError: the disk is full. The checkpoint does not count, those before it are as they were.
     """
-    step, rank, world_size = trainer.global_step, dist.get_rank(), dist.get_world_size()
-    folder = step_folder(run_dir, step)
-    if rank == 0:
-        remove(folder)  # what a killed save of this step left
-    dist.barrier()
-    trainer.save_checkpoint(folder)
-    random_states = folder / "random"
-    random_states.mkdir(exist_ok=True)
-    torch.save(random_state(), random_states / f"rank_{rank}_of_{world_size}.pt")
-    if rank == 0:
-        copy_assets(source / HF_ASSETS, folder / HF_ASSETS)
+    io, folder = trainer.strategy.checkpoint_io, step_folder(run_dir, trainer.global_step)
+    if config.async_save:
+        io.maybe_finalize_save_checkpoint(blocking=True)  # one in the making at a time
+    declare = partial(_declare, run_dir, trainer.global_step, config)
+    with _full_disk_named(folder):
+        if dist.get_rank() == 0:
+            remove(folder)  # what a killed save of this step left
+            shutil.copytree(source / "context", folder / "context")
+            (folder / "random").mkdir()
+        dist.barrier()
+        torch.save(random_state(), _random_file(folder))
+        trainer.save_checkpoint(folder, storage_options={"finalize_fn": declare} if config.async_save else None)
+    if not config.async_save:
+        declare()
+    elif wait:
+        io.maybe_finalize_save_checkpoint(blocking=True)
+
+
+@contextmanager
+def _full_disk_named(folder: Path) -> Iterator[None]:
+    """Megatron's writers report a full disk in several ways, none of which names it."""
+    try:
+        yield
+    except Exception as error:
+        if shutil.disk_usage(folder.parent).free >= _FULL:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+
+
+def _declare(run_dir: Path, step: int, config: CheckpointConfig) -> None:
+    folder, rank, world_size = step_folder(run_dir, step), dist.get_rank(), dist.get_world_size()
     dist.barrier()
     entries: list[Any] = [None] * world_size
     dist.all_gather_object(entries, describe(folder, rank, world_size))
@@ -70,7 +103,7 @@ def random_state() -> dict[str, Any]:
 
 def restore_random_state(checkpoint: Path) -> None:
     """Set this rank's generators as they were; on another number of ranks they stay as seeded."""
-    path = checkpoint / "random" / f"rank_{dist.get_rank()}_of_{dist.get_world_size()}.pt"
+    path = _random_file(checkpoint)
     if not path.is_file():
         return
     state = torch.load(path, weights_only=True)
@@ -81,3 +114,7 @@ def restore_random_state(checkpoint: Path) -> None:
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
     get_cuda_rng_tracker().set_states(state["tensor_parallel"])
+
+
+def _random_file(checkpoint: Path) -> Path:
+    return checkpoint / "random" / f"rank_{dist.get_rank()}_of_{dist.get_world_size()}.pt"

@@ -138,6 +138,14 @@ def test_every_generator_of_every_rank_goes_on_where_it_was(tmp_path):
     assert ranks.run_ranks(draw_before_and_after, 2, tmp_path) == [True, True]
 
 
+def test_saving_behind_the_steps_changes_nothing(configure, uninterrupted, tmp_path):
+    config = configure(tmp_path)
+    config.checkpoint.async_save = True
+    assert train(config, kill_when=saving(config, 8)) is None
+    assert_same(train(config), uninterrupted())
+    assert find_damage(step_folder(tmp_path, 10)) is None
+
+
 def test_three_kills_at_random_moments_change_nothing(configure, uninterrupted, tmp_path):
     config = configure(tmp_path)
     config.checkpoint.every_n_steps = 2
