@@ -1,0 +1,80 @@
+"""What only a GPU can tell: kernels, Transformer Engine and mixed precision. Skipped, never passed, without one."""
+
+import json
+from pathlib import Path
+
+import oracle
+import pytest
+import ranks
+import tiny_run
+import torch
+from objective_cases import Case
+
+from nemo_tsdkd.config import TrainConfig
+from nemo_tsdkd.objective import tsdkd_loss, tsdkd_loss_from_hidden
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+def on_gpu(tensors):
+    return {name: value.cuda() for name, value in tensors.items()}
+
+
+# bf16 rounds the inputs to 3 digits and the products of the fused head's rows again; the sums inside are fp32.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_the_logits_path_equals_the_oracle(dtype, tolerance):
+    case = Case()
+    cpu = case.tensors(dtype)
+    exact = {name: value.double() for name, value in cpu.items() if name != "mask"}
+    exact["student"].requires_grad_()
+    expected = oracle.loss_sum(exact["student"], exact["teacher"], cpu["mask"], case.config, case.vocab_size)
+    expected.backward()
+    given = on_gpu(cpu)
+    given["student"].requires_grad_()
+    out = tsdkd_loss(given["student"], given["teacher"], given["mask"], case.config)
+    out.loss_sum.backward()
+    assert out.loss_sum.item() == pytest.approx(expected.item(), rel=tolerance)
+    error = (given["student"].grad.cpu().double() - exact["student"].grad).norm() / exact["student"].grad.norm()
+    assert error < tolerance
+
+
+def test_the_fused_head_equals_the_logits_path():
+    case = Case()
+    given, mask = on_gpu(case.hidden(torch.float32)), case.tensors(torch.float32)["mask"].cuda()
+    for name in ("student_hidden", "student_weight"):
+        given[name].requires_grad_()
+    fused = tsdkd_loss_from_hidden(**given, response_mask=mask, config=case.config)
+    logits = [given[f"{m}_hidden"] @ given[f"{m}_weight"].T for m in ("student", "teacher")]
+    plain = tsdkd_loss(logits[0], logits[1].detach(), mask, case.config)
+    assert fused.loss.item() == pytest.approx(plain.loss.item(), rel=1e-4)  # TF32 may round the products
+    inputs = [given["student_hidden"], given["student_weight"]]
+    for a, b in zip(torch.autograd.grad(fused.loss, inputs), torch.autograd.grad(plain.loss, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def train_steps(config: TrainConfig) -> list[dict]:
+    from nemo_tsdkd.megatron.train import train
+
+    train(config)
+    return [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8_tensorwise"])
+def test_training_learns_and_follows_fp32(precision, root, tmp_path):
+    steps = {}
+    for name in ("fp32", precision):
+        config = tiny_run.config(root, tmp_path / name, 1)
+        config.precision.name, config.teacher.precision = name, "fp32" if name == "fp32" else "bf16"
+        steps[name] = ranks.run_ranks(train_steps, 1, config, meet=False)[0]
+    assert steps[precision][-1]["loss"] < steps[precision][0]["loss"]
+    for low, high in zip(steps[precision], steps["fp32"], strict=True):
+        assert low["loss"] == pytest.approx(high["loss"], rel=3e-2)  # bf16 carries 3 digits through 2 layers
+
+
+def test_rollouts_run_on_the_gpu(root, tmp_path):
+    config = tiny_run.config(root, tmp_path, 1, lmbda=1.0)
+    steps = ranks.run_ranks(train_steps, 1, config, meet=False)[0]
+    assert all(0 < step["response_length_mean"] <= config.rollout.max_new_tokens for step in steps)
