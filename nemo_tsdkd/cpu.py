@@ -170,9 +170,10 @@ def _streams() -> None:
 
 
 def _random_state() -> None:
-    """Megatron's RNG tracker forks CUDA generators: here it forks the CPU's."""
+    """Megatron's RNG tracker forks CUDA generators: here it forks the CPU's, which it would warn of at every fork."""
     import megatron.core.tensor_parallel.random as tracker
 
+    logging.getLogger(tracker.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)

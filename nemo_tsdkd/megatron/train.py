@@ -161,6 +161,7 @@ def build_trainer(config: TrainConfig, callbacks: list[Any]) -> nl.Trainer:
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
+        enable_model_summary=False,
         logger=False,
         callbacks=callbacks,
     )
