@@ -24,19 +24,20 @@ Problem = dict[str, Any]  # reasoning-gym's entry: question, answer, metadata
 
 def held_out_problems(count: int = HELD_OUT) -> list[Problem]:
     """Different problems that no training set holds."""
-    return _draw(count, HELD_OUT_SEED, without=set())
+    drawn = {problem["question"]: problem for problem in _draw(2 * HELD_OUT, HELD_OUT_SEED)}
+    if not 0 < count <= HELD_OUT:
+        raise ValueError(f"--problems = {count}: must lie in [1, {HELD_OUT}], those kept out of training.")
+    return list(drawn.values())[:count]
 
 
 def training_problems(count: int, seed: int) -> list[Problem]:
-    """Different problems, none of them held out."""
-    return _draw(count, seed, without={problem["question"] for problem in held_out_problems()})
+    """Problems drawn from `seed` on, none of them held out; some come twice, as there are only 4,000 of three terms."""
+    held_out = {problem["question"] for problem in held_out_problems()}
+    return [problem for problem in _draw(2 * count, seed) if problem["question"] not in held_out][:count]
 
 
-def _draw(count: int, seed: int, without: set[str]) -> list[Problem]:
-    drawn = {p["question"]: p for p in reasoning_gym.create_dataset(TASK, seed=seed, size=2 * count, **SETTINGS)}
-    kept = [problem for question, problem in drawn.items() if question not in without]
-    assert len(kept) >= count, f"{count} problems asked, {len(kept)} different ones drawn"
-    return kept[:count]
+def _draw(count: int, seed: int) -> list[Problem]:
+    return list(reasoning_gym.create_dataset(TASK, seed=seed, size=count, **SETTINGS))
 
 
 def written_steps(problem: Problem) -> str:

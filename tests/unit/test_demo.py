@@ -19,9 +19,15 @@ def tokenizer():
 @pytest.mark.parametrize("seed", [tasks.PRETRAIN_SEED, tasks.DISTIL_SEED])
 def test_no_training_problem_is_held_out(seed):
     held_out = {p["question"] for p in tasks.held_out_problems()}
-    training = {p["question"] for p in tasks.training_problems(5000, seed)}
+    training = [p["question"] for p in tasks.training_problems(5000, seed)]
     assert len(held_out) == tasks.HELD_OUT and len(training) == 5000
-    assert not held_out & training
+    assert not held_out & set(training)
+
+
+@pytest.mark.parametrize("count", [0, tasks.HELD_OUT + 1])
+def test_only_held_out_problems_can_be_scored(count):
+    with pytest.raises(ValueError, match="--problems = "):
+        tasks.held_out_problems(count)
 
 
 def test_written_steps_are_right_and_verified():
