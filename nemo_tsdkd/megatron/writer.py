@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from transformers import PreTrainedTokenizerBase
 
 from nemo_tsdkd.checkpoint import gpt_config, load_weights, padded_vocab_size, resolve
 from nemo_tsdkd.config import ParallelConfig, TrainConfig
 from nemo_tsdkd.data import PromptDataset, eos_token_ids, load_tokenizer, response_text
 from nemo_tsdkd.megatron.generation import generate
-from nemo_tsdkd.megatron.train import meet
+from nemo_tsdkd.megatron.train import process_group
+from nemo_tsdkd.rollout import Response
 from nemo_tsdkd.shards import Shards
 
 logger = logging.getLogger(__name__)
@@ -45,22 +49,18 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
     A response depends on the weights, the prompt, `seed` and the prompt's place in the data set, not on the layout
     or on interruptions (`generation.generate`).
     """
-    meet()
     path = getattr(config, which).path
     tokenizer = load_tokenizer(path)
     prompts = PromptDataset.load(config.data, tokenizer)
-    model = load_for_decoding(resolve(path, Path(config.run_dir) / "imported"), config.parallel)
-    tp_group = parallel_state.get_tensor_model_parallel_group()
-    pp_group = parallel_state.get_pipeline_model_parallel_group()
-    copy, copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    for shard in _agree_on_missing(shards, config, which, len(prompts))[copy::copies]:
-        start = time.perf_counter()
-        samples = [prompts[i] for i in shards.rows_of(shard, len(prompts))]
-        responses = generate(
+    with process_group():
+        missing = _agree_on_missing(shards, config, which, len(prompts))
+        model = load_for_decoding(resolve(path, Path(config.run_dir) / "imported"), config.parallel)
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+        pp_group = parallel_state.get_pipeline_model_parallel_group()
+        answer = partial(
+            generate,
             model,
-            [sample.prompt_ids for sample in samples],
             config=config.rollout,
-            sample_ids=[sample.index for sample in samples],
             seed=config.seed,
             step=0,
             eos_ids=set(eos_token_ids(tokenizer, path)),
@@ -69,23 +69,31 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
             tp_group=tp_group,
             pp_group=pp_group,
         )
-        if tp_group.rank() == pp_group.rank() == 0:
-            shards.write(
-                shard,
-                [
-                    {
-                        "index": sample.index,
-                        "prompt": prompts.rows[sample.index]["prompt"],
-                        "response": response_text(tokenizer, response.token_ids),
-                        "response_ids": response.token_ids,
-                        "truncated": response.truncated,
-                    }
-                    for sample, response in zip(samples, responses, strict=True)
-                ],
-            )
-            tokens, seconds = sum(len(r.token_ids) for r in responses), time.perf_counter() - start
-            logger.info("shard %d: %d responses, %d tokens/s", shard, len(responses), tokens / seconds)
-    dist.barrier()
+        copy, copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        for shard in missing[copy::copies]:
+            start = time.perf_counter()
+            rows = shards.rows_of(shard, len(prompts))
+            responses = answer([prompts[i].prompt_ids for i in rows], sample_ids=list(rows))
+            tokens = sum(len(response.token_ids) for response in responses)
+            if tp_group.rank() == pp_group.rank() == 0:
+                shards.write(shard, _records(prompts, tokenizer, rows, responses))
+                seconds = time.perf_counter() - start
+                logger.info("shard %d: %d responses, %.0f tokens/s", shard, len(responses), tokens / seconds)
+
+
+def _records(
+    prompts: PromptDataset, tokenizer: PreTrainedTokenizerBase, rows: range, responses: list[Response]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "index": row,
+            "prompt": prompts.rows[row]["prompt"],
+            "response": response_text(tokenizer, response.token_ids),
+            "response_ids": response.token_ids,
+            "truncated": response.truncated,
+        }
+        for row, response in zip(rows, responses, strict=True)
+    ]
 
 
 def _agree_on_missing(shards: Shards, config: TrainConfig, which: str, rows: int) -> list[int]:
