@@ -103,11 +103,41 @@ def expected_from_hidden(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 
 def error(value: Tensor, target: Tensor) -> float:
-    """Largest difference, relative to the target's largest entry."""
+    """Largest difference, relative to the target's largest entry.
+
+    Below 1e-2 relative to that: a softmax's sum is one, known to an ulp, so that an entropy or a probability far
+    below one has no more digits than that leaves it.
+    """
     assert value.shape == target.shape, (value.shape, target.shape)
     if not target.numel():
         return 0.0
-    return float((value.double() - target).abs().max() / target.abs().max().clamp(min=1e-30))
+    return float((value.double() - target).abs().max() / target.abs().max().clamp(min=1e-2))
+
+
+def is_decided(case: Case, dtype: torch.dtype) -> bool:
+    """Whether rounding in `dtype` cannot turn a choice: no entropy or running sum lies on a rule's boundary.
+
+    Logits on a grid make equal entropies likely, and which of two equal sums is larger is nobody's to say.
+    """
+    x, c = case.tensors(dtype), case.config
+    margin = 1e3 * torch.finfo(dtype).eps
+    h = oracle.entropy((x["student"].double() / c.temperature).log_softmax(-1))
+    if c.preset == "reference":
+        chosen = h[x["mask"]]
+        boundary = [(h - torch.quantile(chosen, c.threshold)).abs().min()]
+        sequences = [h.T[x["mask"].T]]
+    else:
+        bounds = case.cu_seqlens or (0, case.steps)
+        spans = [slice(*span) for span in pairwise(bounds)]
+        sequences = [h[s, b][x["mask"][s, b]] for s in spans for b in range(case.batch)]
+        sequences = [q for q in sequences if len(q)]
+        counts = [len(oracle.uncertain_positions(q.tolist(), c.entropy_fraction)) for q in sequences]
+        ordered = [(q.sort(descending=True).values, k) for q, k in zip(sequences, counts, strict=True)]
+        boundary = [q[k - 1] - q[k] for q, k in ordered if 0 < k < len(q)]
+    for q in sequences:
+        share = q.cumsum(0) / q.sum() - c.threshold
+        boundary.append(share.abs().min() if len(q) > 1 and c.threshold < 1 else torch.tensor(1.0))
+    return all(bool(b > margin) for b in boundary)
 
 
 def presets(**fields) -> dict[str, ObjectiveConfig]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_tsdkd.config import ObjectiveConfig
-from nemo_tsdkd.objective.heads import FusedHead, LogitsHead, Tile
+from nemo_tsdkd.objective.heads import FusedHead, LogitsHead, Tile, compute_dtype
 from nemo_tsdkd.objective.presets import TokenWeights, token_weights
 from nemo_tsdkd.objective.sequences import SequenceLayout
 from nemo_tsdkd.objective.terms import (
@@ -72,7 +72,7 @@ class Candidates:
 class Saved:
     """What the backward needs besides the head; fields [n] unless stated."""
 
-    log_normalizers: Tensor  # [2, n]
+    softmax: SoftmaxSums  # [2, n] each
     student_entropy: Tensor
     divergence_sums: Tensor  # [1 or 2, n]
     direct: Tensor  # weights of the terms' gradients
@@ -84,11 +84,11 @@ class Saved:
 
 def softmax_sums(head: Head, tp_group: Group) -> SoftmaxSums:
     """Softmax sums of both models, [2, n] each, over the whole vocabulary: one pass and two packed reductions."""
-    sums = SoftmaxSums.empty(head.student.new_empty((2, head.num_tokens), dtype=_dtype(head)))
+    sums = SoftmaxSums.empty(head.student.new_empty((2, head.num_tokens), dtype=compute_dtype(head.student.dtype)))
     for rows, _, *logits in head.tiles():
         parts = zip(*map(SoftmaxSums.of_, logits), strict=True)
-        seen = SoftmaxSums(*(x[:, rows] for x in sums))
-        for whole, part in zip(sums, seen.merge(SoftmaxSums(*map(torch.stack, parts))), strict=True):
+        merged = sums.at(slice(None), rows).merge(SoftmaxSums(*map(torch.stack, parts)))
+        for whole, part in zip(sums, merged, strict=True):
             whole[:, rows] = part
     peak = all_reduce(sums.peak.clone(), dist.ReduceOp.MAX, tp_group)
     sums = sums.seen_from(peak)
@@ -103,7 +103,9 @@ def candidates(head: Head, k: int, tp_group: Group) -> Candidates:
     and every merge is a stable sort. A rank with fewer columns than k fills up with FLOOR, which never wins.
     """
     k_local = min(k, head.padded_width)
-    logits = torch.full((2, head.num_tokens, k_local), FLOOR, dtype=_dtype(head), device=head.student.device)
+    logits = torch.full(
+        (2, head.num_tokens, k_local), FLOOR, dtype=compute_dtype(head.student.dtype), device=head.student.device
+    )
     columns = torch.zeros(logits.shape[1:], dtype=torch.int64, device=logits.device)
     for rows, tile, student, teacher in head.tiles():
         found, at = top_k_by_id(student, min(k_local, student.shape[1]))
@@ -134,12 +136,12 @@ def indirect_term(found: Candidates, reverse: bool, tp_group: Group) -> tuple[Te
     return value.to(ranked.dtype), own.to(ranked.dtype), agreement.to(ranked.dtype)
 
 
-def divergence_sums(head: Head, log_normalizers: Tensor, beta: float, tp_group: Group) -> Tensor:
+def divergence_sums(head: Head, softmax: SoftmaxSums, beta: float, tp_group: Group) -> Tensor:
     """The divergence's sums over the whole vocabulary, [1 or 2, n]: a second pass and one reduction."""
     rule = divergence(beta)
-    sums = torch.zeros_like(log_normalizers)[: 1 if beta in (0, 1) else 2]
+    sums = torch.zeros_like(softmax.mass)[: 1 if beta in (0, 1) else 2]
     for rows, _, *logits in head.tiles():
-        sums[:, rows] += rule.sums_(*_log_probabilities_(logits, log_normalizers[:, rows]))
+        sums[:, rows] += rule.sums_(*_log_probabilities_(logits, softmax, rows))
     return all_reduce(sums, dist.ReduceOp.SUM, tp_group)
 
 
@@ -147,13 +149,13 @@ def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor]:
     """(what the backward needs, METRICS as sums over sequences, number of sequences)."""
     config, tp_group = call.config, call.tp_group
     softmax = softmax_sums(head, tp_group)
-    entropies, log_normalizers = softmax.entropy(), softmax.log_normalizer()
+    entropies = softmax.entropy()
     tokens, place = call.layout.gather(call.mask, call.index, entropies)
     weights = TokenWeights(*call.layout.local(token_weights(tokens, config).stack(), place, call.index))
     opener = (weights.indirect != 0).nonzero().flatten()
     found = candidates(head.take(opener), config.top_k, tp_group)
     ranking_loss, columns_grad, agreement = indirect_term(found, config.preset == "reference", tp_group)
-    sums = divergence_sums(head, log_normalizers, config.beta, tp_group)
+    sums = divergence_sums(head, softmax, config.beta, tp_group)
     values = [
         (weights.direct * divergence(config.beta).value(sums)).sum(),
         (weights.indirect[opener] * ranking_loss).sum(),
@@ -166,7 +168,7 @@ def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor]:
     ]
     metrics = all_reduce(torch.stack(values), dist.ReduceOp.SUM, call.layout.cp_group)
     saved = Saved(
-        log_normalizers,
+        softmax,
         entropies[0],
         sums,
         config.direct_weight * weights.direct,
@@ -182,7 +184,7 @@ def gradient(head: Head, saved: Saved, config: ObjectiveConfig, scale: Tensor) -
     """Tiles of scale * d loss_sum / d student logits: a third pass, no collective."""
     rule, scale = divergence(config.beta), scale / config.temperature
     for rows, columns, *logits in head.tiles():
-        log_s, log_t = _log_probabilities_(logits, saved.log_normalizers[:, rows])
+        log_s, log_t = _log_probabilities_(logits, saved.softmax, rows)
         s = log_s.exp()
         grad = rule.grad_(log_s, log_t, s, saved.divergence_sums[:, rows])
         grad.mul_((scale * saved.direct[rows]).unsqueeze(-1))
@@ -201,13 +203,9 @@ def _add_candidates_(grad: Tensor, rows: slice, columns: slice, saved: Saved, sc
     grad.index_put_(at, torch.where(inside, saved.columns_grad * scale, 0), accumulate=True)
 
 
-def _log_probabilities_(logits: list[Tensor], log_normalizers: Tensor) -> tuple[Tensor, Tensor]:
-    student, teacher = (z.sub_(n.unsqueeze(-1)) for z, n in zip(logits, log_normalizers, strict=True))
+def _log_probabilities_(logits: list[Tensor], softmax: SoftmaxSums, rows: slice) -> tuple[Tensor, Tensor]:
+    student, teacher = (softmax.at(model, rows).log_probabilities_(z) for model, z in enumerate(logits))
     return student, teacher
-
-
-def _dtype(head: Head) -> torch.dtype:
-    return torch.float64 if head.student.dtype == torch.float64 else torch.float32
 
 
 class Objective(torch.autograd.Function):

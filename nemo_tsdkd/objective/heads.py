@@ -75,7 +75,8 @@ class LogitsHead:
             if self.left.shape[1] + self.right.shape[1]:
                 teacher = torch.cat([self.left[rows], teacher, self.right[rows]], -1)
             student = self.student[:, :width].index_select(0, self.index[rows])
-            yield rows, slice(0, width), *(_scaled_(z.to(dtype), self.temperature) for z in (student, teacher))
+            student, teacher = (_scaled_(z.to(dtype), self.temperature) for z in (student, teacher))
+            yield rows, slice(0, width), student, teacher
 
     def backward(self, gradient: Iterator[Tile]) -> tuple[Tensor, ...]:
         """d loss / d student logits; zero for padding columns and for rows that are not this head's tokens."""
@@ -134,7 +135,8 @@ class FusedHead:
         for columns in self._columns():
             student = self.student @ self.student_weight[columns].T
             teacher = self.teacher @ self._teacher_rows(columns).T
-            yield everyone, columns, *(_scaled_(z.to(dtype), self.temperature) for z in (student, teacher))
+            student, teacher = (_scaled_(z.to(dtype), self.temperature) for z in (student, teacher))
+            yield everyone, columns, student, teacher
 
     def _columns(self) -> Iterator[slice]:
         return (

@@ -51,8 +51,8 @@ def tsdkd_loss(
             above the columns, rows or packed sequences that context parallelism cannot divide.
     """
     _check_shapes(response_mask, student_logits=student_logits, teacher_logits=teacher_logits)
-    config = _checked(config, vocab_size)
     vocab_size, overlap = _vocabulary(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1], tp_group)
+    config = _checked(config, vocab_size)
     call = _call(config, response_mask, cu_seqlens, tp_group, cp_group)
     # Rows of tokens: a view in Megatron's layout.
     student, teacher = student_logits.flatten(0, 1), teacher_logits.detach().flatten(0, 1)
@@ -106,8 +106,8 @@ def tsdkd_loss_from_hidden(
     _check_shapes(response_mask, split, student_hidden=student_hidden, teacher_hidden=teacher_hidden)
     _check_weight("student", student_hidden, student_weight)
     _check_weight("teacher", teacher_hidden, teacher_weight)
-    config = _checked(config, vocab_size)
     vocab_size, overlap = _vocabulary(vocab_size, len(student_weight), len(teacher_weight), tp_group)
+    config = _checked(config, vocab_size)
     call = _call(config, response_mask, cu_seqlens, tp_group, cp_group)
     weight = teacher_weight.detach()
     left, right = overlap.exchange([weight[first:end] for first, end in overlap.send], tp_group)
@@ -123,7 +123,7 @@ def tsdkd_loss_from_hidden(
     return _run(call, head)
 
 
-def _checked(config: ObjectiveConfig, vocab_size: int | None) -> ObjectiveConfig:
+def _checked(config: ObjectiveConfig, vocab_size: int) -> ObjectiveConfig:
     config.validate(vocab_size)
     check_rules(config)
     return resolve(config)

@@ -35,6 +35,9 @@ class SoftmaxSums(NamedTuple):
         mass = z.sub_(peak.unsqueeze(-1)).exp()
         return cls(peak, mass.sum(-1), z.mul_(mass).sum(-1))
 
+    def at(self, *index: int | slice) -> SoftmaxSums:
+        return SoftmaxSums(*(x[index] for x in self))
+
     def seen_from(self, peak: Tensor) -> SoftmaxSums:
         """The same sums relative to a larger peak."""
         shift = self.peak - peak
@@ -46,9 +49,13 @@ class SoftmaxSums(NamedTuple):
         a, b = self.seen_from(peak), other.seen_from(peak)
         return SoftmaxSums(peak, a.mass + b.mass, a.moment + b.moment)
 
-    def log_normalizer(self) -> Tensor:
-        """log sum_v exp z_v; NaN where a row has no column above -inf, so that a dead row cannot pass as uniform."""
-        return torch.where(self.peak <= FLOOR, torch.nan, self.peak + self.mass.log())
+    def log_probabilities_(self, z: Tensor) -> Tensor:
+        """z [n, V] to log p = (z - peak) - log mass: in this order a large logit costs a likely token no digits.
+
+        NaN where a row has no column above -inf, so that a dead row cannot pass as a uniform one.
+        """
+        log_mass = torch.where(self.peak <= FLOOR, torch.nan, self.mass.log())
+        return z.sub_(self.peak.unsqueeze(-1)).sub_(log_mass.unsqueeze(-1))
 
     def entropy(self) -> Tensor:
         """H = -sum_v p_v log p_v in nats; both summands are non-negative, so nothing cancels."""

@@ -1,0 +1,174 @@
+"""The objective on one rank against the fp64 oracle: both heads, every preset, drawn shapes and masks."""
+
+from dataclasses import replace
+
+import objective_cases as cases
+import oracle
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from objective_cases import Case
+
+from nemo_tsdkd.objective import ObjectiveConfig, tsdkd_loss, tsdkd_loss_from_hidden
+
+CONFIGS = cases.presets(top_k=5)
+
+
+def logits_call(case: Case, dtype: torch.dtype, **fields):
+    """(output, gradient of the student's logits without padding columns, gradient of the padding columns)."""
+    x = case.tensors(dtype)
+    widths = case.width(1, case.student_padding), case.width(1, case.teacher_padding)
+    student, teacher = (
+        cases.vocab_shard(x[model], -1, width, 0, 1)
+        for model, width in zip(("student", "teacher"), widths, strict=True)
+    )
+    student.requires_grad_()
+    if case.cu_seqlens:
+        fields["cu_seqlens"] = torch.tensor(case.cu_seqlens)
+    out = tsdkd_loss(student, teacher, x["mask"], case.config, vocab_size=case.vocab_size, **fields)
+    out.loss_sum.backward()
+    return out, student.grad[..., : case.vocab_size], student.grad[..., case.vocab_size :]
+
+
+@st.composite
+def drawn_cases(draw) -> Case:
+    vocab_size = draw(st.integers(2, 40))
+    steps = draw(st.integers(1, 24))
+    config = replace(
+        draw(st.sampled_from(list(CONFIGS.values()))),
+        beta=draw(st.sampled_from([0.0, 1e-3, 0.1, 0.5, 0.9, 0.999, 1.0])),
+        threshold=draw(st.sampled_from([0.03, 0.31, 0.77])),
+        entropy_fraction=draw(st.sampled_from([0.0, 0.1, 0.4, 1.0])),
+        temperature=draw(st.sampled_from([0.7, 1.0, 3.0])),
+        top_k=draw(st.integers(1, vocab_size)),
+        chunk_tokens=draw(st.integers(1, 30)),
+    )
+    packed = config.preset != "reference" and draw(st.booleans())
+    bounds = sorted(draw(st.lists(st.integers(0, steps), max_size=4)))
+    return Case(
+        config=config,
+        steps=steps,
+        batch=1 if packed else draw(st.integers(1, 4)),
+        vocab_size=vocab_size,
+        student_padding=draw(st.integers(0, 3)),
+        teacher_padding=draw(st.integers(0, 3)),
+        cu_seqlens=(0, *bounds, steps, steps) if packed else None,
+        ties=draw(st.booleans()),
+        scale=draw(st.sampled_from([0.5, 3.0, 12.0])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+@settings(max_examples=300, deadline=None)
+@given(case=drawn_cases())
+def test_value_and_gradient_equal_the_oracles(dtype, case):
+    assume(cases.is_decided(case, dtype))
+    out, grad, padding = logits_call(case, dtype)
+    loss, expected = cases.expected(case, dtype)
+    assert cases.error(out.loss_sum.detach(), loss) < cases.TOLERANCE[dtype]
+    assert cases.error(grad, expected) < cases.TOLERANCE[dtype]
+    assert not padding.any()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+def test_the_fused_head_equals_the_oracle(dtype, name):
+    case = Case(CONFIGS[name], student_padding=3, teacher_padding=1)
+    x = case.hidden(dtype)
+    weights = [
+        cases.vocab_shard(x[f"{model}_weight"], 0, case.width(1, padding), 0, 1)
+        for model, padding in (("student", case.student_padding), ("teacher", case.teacher_padding))
+    ]
+    hidden, weight = x["student_hidden"].requires_grad_(), weights[0].requires_grad_()
+    fields = {"vocab_size": case.vocab_size}
+    mask = case.tensors(dtype)["mask"]
+    out = tsdkd_loss_from_hidden(hidden, weight, x["teacher_hidden"], weights[1], mask, case.config, **fields)
+    out.loss_sum.backward()
+    loss, hidden_grad, weight_grad = cases.expected_from_hidden(case, dtype)
+    tolerance = cases.TOLERANCE[dtype]
+    assert cases.error(out.loss_sum.detach(), loss) < tolerance
+    assert cases.error(hidden.grad, hidden_grad) < tolerance
+    assert cases.error(weight.grad[: case.vocab_size], weight_grad) < tolerance
+    assert not weight.grad[case.vocab_size :].any()
+
+
+def test_the_loss_is_the_mean_over_sequences_with_a_response():
+    case = Case()
+    out, _, _ = logits_call(case, torch.float64)
+    assert int(out.num_sequences) == case.batch - 1
+    torch.testing.assert_close(out.loss, out.loss_sum / (case.batch - 1))
+    weighted = out.direct + case.config.indirect_kd_alpha * out.indirect + case.config.entropy_weight * out.entropy
+    torch.testing.assert_close(out.loss.detach(), weighted)
+    assert not any(value.requires_grad for value in out.metrics.values())
+
+
+def test_the_metrics_are_what_the_oracle_sees():
+    case = Case(ObjectiveConfig(top_k=5, threshold=0.4))
+    out, _, _ = logits_call(case, torch.float64)
+    x, sums = case.tensors(torch.float64), dict.fromkeys(("student_entropy", "opener_fraction", "rank_agreement"), 0.0)
+    for b in range(case.batch - 1):
+        z, t = x["student"][x["mask"][:, b], b], x["teacher"][x["mask"][:, b], b]
+        h = oracle.entropy(z.log_softmax(-1))
+        m = oracle.opener_length(h.tolist(), 0.4)
+        kept = 0
+        for i in range(m):
+            ranking = oracle.teacher_ranking(z[i], t[i], 5)
+            kept += sum(bool(z[i, ranking[a]] > z[i, ranking[b]]) for a in range(5) for b in range(a + 1, 5))
+        sums["student_entropy"] += h.mean()
+        sums["opener_fraction"] += m / len(h)
+        sums["rank_agreement"] += kept / (10 * m)
+    for name, value in sums.items():
+        assert float(out.metrics[name]) == pytest.approx(float(value), rel=1e-12), name
+    assert int(out.metrics["response_tokens"]) == int(x["mask"].sum())
+
+
+def test_without_any_response_the_loss_and_its_gradient_are_zero():
+    case = Case(batch=1, steps=6, cu_seqlens=(0, 0, 6))
+    out, grad, _ = logits_call(case, torch.float32)
+    assert out.loss == 0 and out.num_sequences == 0 and not grad.any()
+
+
+def test_the_gradient_does_not_depend_on_how_the_batch_is_cut():
+    """Micro-batches with unequal numbers of responses, or all sequences packed into one row."""
+    case = Case(batch=4, ties=True)
+    whole, grad, _ = logits_call(case, torch.float64)
+    x = case.tensors(torch.float64)
+    student = x["student"].clone().requires_grad_()
+    outs = [tsdkd_loss(student[:, b], x["teacher"][:, b], x["mask"][:, b], case.config) for b in ([0], [1, 2], [3])]
+    sum(out.loss_sum for out in outs).backward()
+    torch.testing.assert_close(student.grad, grad, rtol=0, atol=1e-14)
+    assert sum(out.num_sequences for out in outs) == whole.num_sequences
+    for name, value in whole.metrics.items():
+        torch.testing.assert_close(sum(out.metrics[name] for out in outs), value)
+
+    row = x["student"].transpose(0, 1).reshape(1, -1, case.vocab_size).transpose(0, 1).requires_grad_()
+    teacher = x["teacher"].transpose(0, 1).reshape(-1, 1, case.vocab_size)
+    bounds = torch.arange(case.batch + 1) * case.steps
+    packed = tsdkd_loss(row, teacher, x["mask"].T.reshape(-1, 1), case.config, cu_seqlens=bounds)
+    torch.testing.assert_close(packed.loss_sum, whole.loss_sum)
+
+
+def test_overwriting_the_logits_gives_the_same_gradient_once():
+    case = Case(student_padding=2)
+    _, grad, padding = logits_call(case, torch.float64)
+    x = case.tensors(torch.float64)
+    logits = cases.vocab_shard(x["student"], -1, case.width(1, 2), 0, 1)
+    student = logits.clone().requires_grad_()
+    fields = {"vocab_size": case.vocab_size, "overwrite_student_logits": True}
+    out = tsdkd_loss(student, x["teacher"], x["mask"], case.config, **fields)
+    out.loss_sum.backward(retain_graph=True)
+    assert student.grad.data_ptr() == student.data_ptr()
+    assert torch.equal(student.grad, torch.cat([grad, padding], -1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.loss_sum.backward()
+
+
+def test_a_transposed_batch_first_view_is_accepted():
+    case = Case()
+    _, grad, _ = logits_call(case, torch.float64)
+    x = case.tensors(torch.float64)
+    student = x["student"].transpose(0, 1).contiguous().requires_grad_()
+    tsdkd_loss(student.transpose(0, 1), x["teacher"], x["mask"], case.config).loss_sum.backward()
+    assert torch.equal(student.grad.transpose(0, 1), grad)

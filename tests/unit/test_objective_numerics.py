@@ -1,0 +1,110 @@
+"""Extreme logits give finite losses and gradients; broken ones are never hidden."""
+
+import objective_cases as cases
+import oracle
+import pytest
+import torch
+from objective_cases import Case
+
+from nemo_tsdkd.objective import ObjectiveConfig, tsdkd_loss
+
+CONFIGS = cases.presets(top_k=4, threshold=0.4)
+INF = float("inf")
+
+
+def one_hot(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x == x.amax(-1, keepdim=True), 1e4, -1e4)
+
+
+def with_dead_columns(x: torch.Tensor) -> torch.Tensor:
+    return x.index_fill(-1, torch.tensor([0, 7, 40]), -INF)
+
+
+EXTREMES = {
+    "large": lambda s, t: (s.sign() * 1e4, t.sign() * 1e4),
+    "one_hot": lambda s, t: (one_hot(s), one_hot(t)),
+    "one_hot_student": lambda s, t: (one_hot(s), t),
+    "identical": lambda s, t: (s, s.clone()),
+    "identical_one_hot": lambda s, t: (one_hot(s), one_hot(s)),
+    "dead_columns": lambda s, t: (with_dead_columns(s), with_dead_columns(t)),
+    "dead_in_teacher": lambda s, t: (s, with_dead_columns(t)),
+    "dead_below_top_k": lambda s, t: (s.index_fill(-1, torch.arange(2, 41), -INF), t),
+    "uniform": lambda s, t: (s * 0, t * 0),
+}
+
+
+def call(student, teacher, config, mask=None):
+    student = student.clone().requires_grad_()
+    mask = torch.ones(student.shape[:2], dtype=torch.bool) if mask is None else mask
+    out = tsdkd_loss(student, teacher, mask, config)
+    out.loss.backward()
+    return out, student.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("extreme", EXTREMES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_extreme_logits_stay_finite(name, extreme, dtype):
+    if extreme == "dead_in_teacher" and name in ("reverse_kl", "beta_1") and dtype == torch.float16:
+        pytest.skip("KL(s||t) is infinite here; its stand-in of 1e30 is finite in every dtype but fp16")
+    x = Case().tensors(torch.float64)
+    student, teacher = (z.to(dtype) for z in EXTREMES[extreme](x["student"], x["teacher"]))
+    out, grad = call(student, teacher, CONFIGS[name])
+    assert grad.dtype == dtype and grad.isfinite().all()
+    assert out.loss.isfinite() and all(value.isfinite() for value in out.metrics.values())
+
+
+@pytest.mark.parametrize("dead", ["student", "teacher", "both"])
+def test_columns_of_minus_infinity_are_as_if_absent(dead):
+    """A divergence stays what it was on the other columns; their gradient is zero."""
+    case = Case(ObjectiveConfig(top_k=4))
+    x = case.tensors(torch.float64)
+    student = with_dead_columns(x["student"]) if dead != "teacher" else x["student"]
+    teacher = with_dead_columns(x["teacher"]) if dead != "student" else x["teacher"]
+    out, grad = call(student, teacher, case.config)
+    mask = torch.ones(case.steps, case.batch, dtype=torch.bool)
+    kept = (
+        [v for v in range(case.vocab_size) if v not in (0, 7, 40)] if dead == "both" else list(range(case.vocab_size))
+    )
+    z = torch.where(student == -INF, -700.0, student)[..., kept].requires_grad_()
+    t = torch.where(teacher == -INF, -700.0, teacher)[..., kept]
+    loss = oracle.loss_sum(z, t, mask, case.config, len(kept))
+    loss.backward()
+    assert cases.error(out.loss_sum.detach(), loss.detach()) < 1e-10
+    assert cases.error(grad[..., kept], z.grad / case.batch) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_computed_in_fp32(dtype):
+    """Against the oracle on the same rounded logits: only the returned gradient is rounded."""
+    case = Case(ObjectiveConfig(top_k=5, threshold=0.4), ties=True)
+    x = case.tensors(dtype)
+    out, grad = call(x["student"], x["teacher"], case.config, x["mask"])
+    loss, expected = cases.expected(case, dtype)
+    assert out.loss.dtype == torch.float32
+    assert cases.error(out.loss_sum.detach(), loss) < 1e-5
+    assert cases.error(grad, expected / 2) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("preset", ["paper", "reference", "gkd"])
+@pytest.mark.parametrize("model", ["student", "teacher"])
+@pytest.mark.parametrize("bad", [float("nan"), INF])
+def test_broken_logits_of_a_response_surface(bad, model, preset):
+    x = Case().tensors(torch.float32)
+    x[model][0, 0, 3] = bad
+    assert call(x["student"], x["teacher"], ObjectiveConfig(preset=preset), x["mask"])[0].loss.isnan()
+
+
+def test_a_row_without_any_probability_surfaces():
+    x = Case().tensors(torch.float32)
+    x["student"][0, 0] = -INF
+    assert call(x["student"], x["teacher"], ObjectiveConfig(), x["mask"])[0].loss.isnan()
+
+
+def test_broken_logits_outside_the_response_are_not_read():
+    x = Case().tensors(torch.float32)
+    expected, _ = call(x["student"], x["teacher"], ObjectiveConfig(), x["mask"])
+    for model in ("student", "teacher"):
+        x[model][~x["mask"]] = float("nan")
+    out, grad = call(x["student"], x["teacher"], ObjectiveConfig(), x["mask"])
+    assert torch.equal(out.loss, expected.loss) and grad.isfinite().all()
