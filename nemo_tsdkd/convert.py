@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_tsdkd.folders import HF_ASSETS, is_nemo_checkpoint, require_importable
-from nemo_tsdkd.integrity import appearing_folder, find_damage, has_manifest, newest_whole
+from nemo_tsdkd.integrity import CHECKPOINTS, appearing_folder, find_damage, has_manifest, newest_whole
 
 
 def import_main(argv: Sequence[str] | None = None) -> None:
@@ -45,11 +45,12 @@ def export_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _checkpoint_in(folder: Path) -> Path:
-    """The checkpoint itself, or the newest whole one of a run folder; proven whole where it carries a manifest."""
+    """The checkpoint itself, or the newest whole one of a run folder. What a run wrote must be proven whole."""
     checkpoint = folder if is_nemo_checkpoint(folder) else newest_whole(folder)
     if checkpoint is None:
         raise ValueError(f"--checkpoint = {folder}: no whole checkpoint in it. Give a run folder or a NeMo checkpoint.")
-    if checkpoint == folder and has_manifest(folder) and (damage := find_damage(folder)):
+    of_a_run = has_manifest(folder) or folder.resolve().parent.name == CHECKPOINTS
+    if of_a_run and (damage := find_damage(folder)):
         raise ValueError(f"--checkpoint = {folder}: {damage}. Choose another checkpoint of the run.")
     if not (checkpoint / HF_ASSETS).is_dir():
         raise ValueError(

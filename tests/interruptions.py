@@ -122,9 +122,11 @@ def _after_first_step(run_dir: Path, seconds: float) -> Callable[[], bool]:
     return due
 
 
-def assert_same(outcome: Outcome, expected: Outcome) -> None:
+def same(outcome: Outcome, expected: Outcome) -> bool:
     """Bit for bit."""
-    assert outcome.metrics == expected.metrics
-    assert outcome.samples == expected.samples
-    assert outcome.weights.keys() == expected.weights.keys()
-    assert [name for name, value in expected.weights.items() if not torch.equal(outcome.weights[name], value)] == []
+    return (
+        outcome.metrics == expected.metrics
+        and outcome.samples == expected.samples
+        and outcome.weights.keys() == expected.weights.keys()
+        and all(torch.equal(outcome.weights[name], value) for name, value in expected.weights.items())
+    )

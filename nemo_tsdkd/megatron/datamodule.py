@@ -36,6 +36,7 @@ class SampleModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         config = self.config
+        self.data_sampler.init_global_step = self.trainer.global_step  # consumed samples count from the resume on
         # Lightning counts a resumed run's steps from the start but measures the loader from where it resumes:
         # twice the samples keep the epoch from ending early; max_steps ends the run.
         total = 2 * config.max_steps * config.global_batch_size

@@ -238,17 +238,13 @@ def resolve(path: Path, cache_dir: Path) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def test_hugging_face_folders_are_imported_once_and_by_content(tmp_path):
+def test_a_hugging_face_folder_is_imported_once(tmp_path):
     hf, cache = tiny_hf.save_hf(tmp_path / "hf"), tmp_path / "cache"
     first, second = ranks.run_ranks(resolve, 2, hf, cache)
     assert first == second and list(cache.iterdir()) == [Path(first)]
     times = {p: p.stat().st_mtime_ns for p in Path(first).rglob("*")}
     assert resolve_here(hf, cache) == first and {p: p.stat().st_mtime_ns for p in Path(first).rglob("*")} == times
     assert resolve_here(Path(first), cache) == first
-    weights = bytearray((hf / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (hf / "model.safetensors").write_bytes(weights)
-    assert resolve_here(hf, cache) != first
 
 
 def resolve_here(path: Path, cache_dir: Path) -> str:

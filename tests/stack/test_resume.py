@@ -9,7 +9,7 @@ import pytest
 import ranks
 import tiny_run
 import torch
-from interruptions import assert_same, saving, steps_done, train, train_through_kills
+from interruptions import same, saving, steps_done, train, train_through_kills
 
 from nemo_tsdkd.integrity import find_damage, newest_whole, step_folder
 
@@ -47,10 +47,18 @@ def test_four_steps_a_kill_and_six_more_are_ten_bit_for_bit(layout, configure, u
     config = configure(tmp_path, layout)
     assert train(config, kill_when=steps_done(config, 5)) is None
     assert newest_whole(tmp_path) == step_folder(tmp_path, 4)
-    assert_same(train(config), uninterrupted(layout))
+    assert same(train(config), uninterrupted(layout))
     assert {len(samples) for samples in uninterrupted(layout).samples.values()} == {config.global_batch_size}
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step_10", "step_8"] and all(find_damage(step_folder(tmp_path, n)) is None for n in (8, 10))
+
+
+def test_a_resumed_run_resumes(configure, uninterrupted, tmp_path):
+    config = configure(tmp_path)
+    assert train(config, kill_when=steps_done(config, 5)) is None
+    assert train(config, kill_when=steps_done(config, 9)) is None
+    assert newest_whole(tmp_path) == step_folder(tmp_path, 8)
+    assert same(train(config), uninterrupted())
 
 
 def test_a_run_goes_on_in_another_layout(configure, uninterrupted, tmp_path):
@@ -68,7 +76,7 @@ def test_killed_while_saving_it_goes_on_from_the_checkpoint_before(configure, un
     config = configure(tmp_path)
     assert train(config, kill_when=saving(config, 8)) is None
     assert step_folder(tmp_path, 8).is_dir() and newest_whole(tmp_path) == step_folder(tmp_path, 4)
-    assert_same(train(config), uninterrupted())
+    assert same(train(config), uninterrupted())
 
 
 def test_a_flipped_bit_sends_it_back_to_the_checkpoint_before(configure, uninterrupted, tmp_path):
@@ -78,7 +86,7 @@ def test_a_flipped_bit_sends_it_back_to_the_checkpoint_before(configure, uninter
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    assert_same(train(config), uninterrupted())
+    assert same(train(config), uninterrupted())
 
 
 @contextlib.contextmanager
@@ -104,7 +112,7 @@ def test_a_full_disk_ends_the_run_with_its_reason_and_spares_the_older_checkpoin
             train(config)
         assert newest_whole(tmp_path / "run") == step_folder(tmp_path / "run", 4)
         subprocess.run(["mount", "-o", f"remount,size={8 * size}", tmp_path / "run"], check=True)
-        assert_same(train(config), uninterrupted())
+        assert same(train(config), uninterrupted())
 
 
 def draw() -> list[float]:
@@ -142,7 +150,7 @@ def test_saving_behind_the_steps_changes_nothing(configure, uninterrupted, tmp_p
     config = configure(tmp_path)
     config.checkpoint.async_save = True
     assert train(config, kill_when=saving(config, 8)) is None
-    assert_same(train(config), uninterrupted())
+    assert same(train(config), uninterrupted())
     assert find_damage(step_folder(tmp_path, 10)) is None
 
 
@@ -153,4 +161,43 @@ def test_three_kills_at_random_moments_change_nothing(configure, uninterrupted, 
     moments = [generator.uniform(0, 2) for _ in range(3)]
     outcome, met = train_through_kills(config, moments)
     assert met, "it ended before the first kill"
-    assert_same(outcome, uninterrupted())
+    assert same(outcome, uninterrupted())
+
+
+def export(checkpoint: Path, to: str, output: Path) -> None:
+    from nemo_tsdkd.convert import export_main
+
+    export_main(["--checkpoint", str(checkpoint), "--to", to, "--output", str(output)])
+
+
+def embedding(checkpoint: Path) -> torch.Tensor:
+    from megatron.core import dist_checkpointing
+
+    stored = dist_checkpointing.load_plain_tensors(str(checkpoint / "weights"))
+    return stored["module.embedding.word_embeddings.weight"]
+
+
+def export_error(checkpoint: Path, output: Path) -> str:
+    with pytest.raises(ValueError) as error:
+        export(checkpoint, "hf", output)
+    return str(error.value)
+
+
+def test_a_run_is_exported_from_its_newest_whole_checkpoint(configure, tmp_path):
+    from safetensors.torch import load_file
+
+    run_dir = tmp_path / "run"
+    config = configure(run_dir, "tp2_pp2")
+    config.max_steps, config.checkpoint.every_n_steps = 2, 1
+    train(config)
+    (step_folder(run_dir, 2) / "manifest.json").unlink()
+    ranks.run_ranks(export, 1, run_dir, "hf", tmp_path / "hf", meet=False)
+    first, second = (ranks.run_ranks(embedding, 1, step_folder(run_dir, step))[0] for step in (1, 2))
+    exported = load_file(tmp_path / "hf" / "model.safetensors")["model.embed_tokens.weight"]
+    vocab_size = 330  # of the student's source; the run padded it
+    assert len(exported) == vocab_size < len(first)
+    assert torch.equal(exported, first[:vocab_size]) and not torch.equal(exported, second[:vocab_size])
+    assert "not written to its end" in export_error(step_folder(run_dir, 2), tmp_path / "refused")
+    assert "no whole checkpoint" in export_error(tmp_path, tmp_path / "refused")
+    assert "must not exist" in export_error(run_dir, tmp_path / "hf")
+    assert not (tmp_path / "refused").exists()
