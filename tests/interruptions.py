@@ -93,33 +93,37 @@ def saving(config: TrainConfig, step: int) -> Callable[[], bool]:
 
 
 def train_through_kills(config: TrainConfig, moments: Sequence[float]) -> tuple[Outcome, list[str]]:
-    """Kill each attempt so many seconds after its first step began, then let the last one end.
+    """Kill each attempt so many seconds after it began to set up, then let the last one end.
 
-    Returns the outcome and what each kill met: "training" or "saving". An attempt that ends before its moment ends
-    the run.
+    Returns the outcome and what each kill met: "set-up", "training" or "saving". An attempt that ends before its
+    moment ends the run.
     """
     met = []
     run_dir = Path(config.run_dir)
     for moment in moments:
-        outcome = train(config, kill_when=_after_first_step(run_dir, moment))
+        steps_before = _size(run_dir / "samples_0.jsonl")
+        outcome = train(config, kill_when=_after_start(run_dir, moment))
         if outcome:
             return outcome, met
-        folders = (run_dir / "checkpoints").glob("step_*")
-        met.append("training" if all(has_manifest(folder) for folder in folders) else "saving")
+        half_written = not all(has_manifest(folder) for folder in (run_dir / "checkpoints").glob("step_*"))
+        started = _size(run_dir / "samples_0.jsonl") > steps_before
+        met.append("set-up" if not started else "saving" if half_written else "training")
     return train(config), met
 
 
-def _after_first_step(run_dir: Path, seconds: float) -> Callable[[], bool]:
-    path = run_dir / "samples_0.jsonl"
-    size = path.stat().st_size if path.is_file() else 0
-    started: list[float] = []
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
-    def due() -> bool:
-        if not started and path.is_file() and path.stat().st_size > size:
-            started.append(time.monotonic())
-        return bool(started) and time.monotonic() - started[0] >= seconds
 
-    return due
+def started_at(run_dir: Path) -> float:
+    """When the latest attempt began to set up: it writes its configuration down."""
+    path = run_dir / "config.yaml"
+    return path.stat().st_mtime if path.is_file() else 0.0
+
+
+def _after_start(run_dir: Path, seconds: float) -> Callable[[], bool]:
+    before = started_at(run_dir)
+    return lambda: started_at(run_dir) > before and time.time() - started_at(run_dir) >= seconds
 
 
 def same(outcome: Outcome, expected: Outcome) -> bool:

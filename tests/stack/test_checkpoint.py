@@ -176,6 +176,17 @@ def test_logits_agree_between_source_layout_nemo_and_hf(name, layout, folders, t
     assert_equal_up_to_rounding(hf_logits(tmp_path / "hf"), expected)
 
 
+def fp32_logits(checkpoint: Path) -> torch.Tensor:
+    gpt = build(checkpoint, params_dtype=torch.float32, bf16=False)
+    assert {parameter.dtype for parameter in gpt.parameters()} == {torch.float32}
+    return layout_logits(gpt, checkpoint)
+
+
+def test_bf16_weights_are_loaded_into_an_fp32_model_exactly(folders):
+    hf, nemo = folders("qwen2_tied_bf16")
+    assert_equal_up_to_rounding(ranks.run_ranks(fp32_logits, 1, nemo)[0], hf_logits(hf))
+
+
 def test_an_export_is_a_complete_hugging_face_folder(folders, tmp_path):
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
