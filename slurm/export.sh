@@ -15,5 +15,6 @@ source "${TSDKD_HOME:-$SLURM_SUBMIT_DIR}/slurm/lib.sh"
 CHECKPOINT=${CHECKPOINT:-${RUN_DIR:-}}
 require CHECKPOINT "a run folder (RUN_DIR) or one of its checkpoints"
 require OUTPUT "the folder to create"
+mkdir -p "$(dirname "$OUTPUT")"
 use_container "$CHECKPOINT" "$(dirname "$OUTPUT")"
 run_once export nemo-tsdkd export --checkpoint "$CHECKPOINT" --to "${FORMAT:-hf}" --output "$OUTPUT"

@@ -13,6 +13,7 @@ export SLURM_EXPORT_ENV=ALL
 # Containers have no scontrol: the ranks read their nodes from here (nemo_tsdkd/launch.py).
 TSDKD_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd ' ')
 export TSDKD_HOSTS
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun no longer inherits it
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun does: else each task starts a thread for every core
 export CUDA_DEVICE_MAX_CONNECTIONS=1         # Megatron overlaps tensor-parallel communication by launch order
 
@@ -52,18 +53,20 @@ use_container() { # use_container FOLDER...: run the steps in CONTAINER_IMAGE (p
 
 # --signal=B:USR1@300 comes to this shell before the limit, and before a preemption where the cluster sends user signals;
 # the trainer saves and stops on it, as it does on the SIGTERM of any other preemption.
-SIGNALLED="" OVERDUE=""
+ALARM="" SIGNALLED="" OVERDUE=""
 trap 'SIGNALLED=yes; ask_to_stop' USR1
-trap 'SIGNALLED=yes; OVERDUE=yes' USR2
+trap 'SIGNALLED=yes OVERDUE=yes' USR2
 ask_to_stop() {
   say "signalled: the steps have $SAVE_SECONDS s to save and stop"
   scancel --signal=USR1 "$SLURM_JOB_ID" # the steps, not this shell
   { sleep "$SAVE_SECONDS" && kill -USR2 $$; } &
+  ALARM=$!
 }
 
 step() { # step NAME [SRUN_OPTION...] COMMAND...: on every task; one log for each rank
   local name=$1 pid status
   shift
+  [[ -z $ALARM ]] || return 143 # signalled between two steps
   say "$name: logs in $LOGS/$name-*.log"
   # Without --cpu-bind=none each task may be tied to one core: no --cpus-per-task fits every cluster.
   srun --kill-on-bad-exit=1 --cpu-bind=none --output="$LOGS/$name-%4t.log" "${CONTAINER[@]}" "$@" &
@@ -73,6 +76,7 @@ step() { # step NAME [SRUN_OPTION...] COMMAND...: on every task; one log for eac
     wait "$pid" || status=$?
     [[ -n $SIGNALLED && -z $OVERDUE ]] || break
   done
+  [[ -z $ALARM ]] || kill "$ALARM" 2>/dev/null || true
   if [[ -n $OVERDUE ]]; then
     say "$name: still running $SAVE_SECONDS s after the signal, as if it hung" >&2
     return 124

@@ -90,5 +90,6 @@ class Job:
         assert self.state == state, f"{self.state}:\n{self.log}\n{self.logs_of('train')[-3000:]}"
 
     def last_step(self) -> int:
+        """Step of the newest checkpoint, as the trainer says; 0 before the first."""
         path = self.run_dir / "last_step"
-        return int(path.read_text()) if path.exists() and path.read_text().strip() else 0
+        return int(path.read_text().strip() or 0) if path.exists() else 0

@@ -32,8 +32,8 @@ TINY = (
         "checkpoint.every_n_steps=2",
     ),
 )
-START = 180  # seconds until an attempt has saved its first checkpoint
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+START = 400  # seconds until an attempt has saved its first checkpoint
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,7 @@ def interrupted(lab, root):
     job = submit(root, "interrupted", MAX_RESTARTS="1")
     for attempt, interrupt in enumerate([user_signal, kill_a_task, preempt, preempt_with_signal, limit, crash_a_node]):
         wait_for_checkpoint(job, after=job.last_step())
+        print(interrupt.__name__, "at step", job.last_step())
         interrupt(lab, job)
         wait_for_restart(job, attempt + 1)
     job.wait_end("COMPLETED", 300)
