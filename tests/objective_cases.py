@@ -102,16 +102,16 @@ def expected_from_hidden(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return loss.detach(), hidden.grad, weight.grad
 
 
-def error(value: Tensor, target: Tensor) -> float:
-    """Largest difference, relative to the target's largest entry.
+def error(value: Tensor, target: Tensor, scale: Tensor | float = 1e-2) -> float:
+    """Largest difference, relative to the target's largest entry or to `scale`, whichever is larger.
 
-    Below 1e-2 relative to that: a softmax's sum is one, known to an ulp, so that an entropy or a probability far
-    below one has no more digits than that leaves it.
+    The least scale is 1e-2: a softmax's sum is one, known to an ulp, so that an entropy or a probability far below
+    one has no more digits than that leaves it.
     """
     assert value.shape == target.shape, (value.shape, target.shape)
     if not target.numel():
         return 0.0
-    return float((value.double() - target).abs().max() / target.abs().max().clamp(min=1e-2))
+    return float((value.double() - target).abs().max()) / max(float(target.abs().max()), float(scale), 1e-2)
 
 
 def is_decided(case: Case, dtype: torch.dtype) -> bool:

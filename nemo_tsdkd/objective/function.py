@@ -74,7 +74,7 @@ class Saved:
 
     softmax: SoftmaxSums  # [2, n] each
     student_entropy: Tensor
-    divergence_sums: Tensor  # [1 or 2, n]
+    divergence_sums: Tensor  # [2, n]
     direct: Tensor  # weights of the terms' gradients
     entropy: Tensor
     opener: Tensor  # [m] indices of the opener's tokens
@@ -137,9 +137,9 @@ def indirect_term(found: Candidates, reverse: bool, tp_group: Group) -> tuple[Te
 
 
 def divergence_sums(head: Head, softmax: SoftmaxSums, beta: float, tp_group: Group) -> Tensor:
-    """The divergence's sums over the whole vocabulary, [1 or 2, n]: a second pass and one reduction."""
+    """The divergence's sums over the whole vocabulary, [2, n]: a second pass and one reduction."""
     rule = divergence(beta)
-    sums = torch.zeros_like(softmax.mass)[: 1 if beta in (0, 1) else 2]
+    sums = torch.zeros_like(softmax.mass)
     for rows, _, *logits in head.tiles():
         sums[:, rows] += rule.sums_(*_log_probabilities_(logits, softmax, rows))
     return all_reduce(sums, dist.ReduceOp.SUM, tp_group)

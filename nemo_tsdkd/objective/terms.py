@@ -71,7 +71,7 @@ class Divergence(Protocol):
     """A divergence between teacher t and student s as sums over columns."""
 
     def sums_(self, log_s: Tensor, log_t: Tensor) -> Tensor:
-        """Partial sums [m, n] over the columns of a tile."""
+        """Partial sums [2, n] over the columns of a tile."""
 
     def value(self, sums: Tensor) -> Tensor:
         """Divergence [n] from the complete sums."""
@@ -80,14 +80,24 @@ class Divergence(Protocol):
         """d value / d z [n, V]; overwrites log_t, keeps log_s and s."""
 
 
+def _kl_sums_(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_v p_v (log p_v - log q_v) and sum_v (q_v - p_v), [2, n]; their sum is KL(p||q).
+
+    The second is zero but for rounding: it takes back what an error in either normaliser adds to the first.
+    """
+    p = log_p.exp()
+    rest = log_q.exp().sub_(p).sum(-1)
+    return torch.stack([p.mul_(log_p.sub_(log_q)).sum(-1), rest])
+
+
 class ForwardKL:
     """KL(t||s) = sum_v t_v (log t_v - log s_v); d/dz_v = s_v - t_v. The limit beta = 0."""
 
     def sums_(self, log_s: Tensor, log_t: Tensor) -> Tensor:
-        return log_t.exp().mul_(log_t.sub_(log_s)).sum(-1).unsqueeze(0)
+        return _kl_sums_(log_t, log_s)
 
     def value(self, sums: Tensor) -> Tensor:
-        return sums[0]
+        return sums[0] + sums[1]
 
     def grad_(self, log_s: Tensor, log_t: Tensor, s: Tensor, sums: Tensor) -> Tensor:
         return torch.sub(s, log_t.exp_(), out=log_t)
@@ -97,12 +107,13 @@ class ReverseKL:
     """KL(s||t) = sum_v s_v (log s_v - log t_v); d/dz_v = s_v (log s_v - log t_v - KL). The limit beta = 1."""
 
     def sums_(self, log_s: Tensor, log_t: Tensor) -> Tensor:
-        return log_s.exp().mul_(log_s.sub_(log_t)).sum(-1).unsqueeze(0)
+        return _kl_sums_(log_s, log_t)
 
     def value(self, sums: Tensor) -> Tensor:
-        return sums[0]
+        return sums[0] + sums[1]
 
     def grad_(self, log_s: Tensor, log_t: Tensor, s: Tensor, sums: Tensor) -> Tensor:
+        # sums[0] alone: it has the normalisers' error that the logarithms here have, and the two cancel.
         return torch.sub(log_s, log_t, out=log_t).sub_(sums[0].unsqueeze(-1)).mul_(s)
 
 

@@ -68,7 +68,8 @@ def test_value_and_gradient_equal_the_oracles(dtype, case):
     out, grad, padding = logits_call(case, dtype)
     loss, expected = cases.expected(case, dtype)
     assert cases.error(out.loss_sum.detach(), loss) < cases.TOLERANCE[dtype]
-    assert cases.error(grad, expected) < cases.TOLERANCE[dtype]
+    # A KL's gradient is the difference of numbers as large as the KL: fp32 cannot know it to more digits than those.
+    assert cases.error(grad, expected, scale=loss.abs()) < cases.TOLERANCE[dtype]
     assert not padding.any()
 
 
