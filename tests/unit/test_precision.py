@@ -124,6 +124,19 @@ def test_more_rows_in_a_micro_batch_make_up_for_an_odd_length():
     precision.check_shapes(c, STUDENT, TEACHER)
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "layout", "multiple"),
+    [
+        ("bf16", "bf16", {}, 1),
+        ("bf16", "bf16", {"sequence_parallel": True, "context_parallel_size": 2}, 8),  # TP x two halves x CP
+        ("fp8_tensorwise", "bf16", {"sequence_parallel": True}, 32),
+        ("fp8_tensorwise", "fp8_blockwise", {"sequence_parallel": True}, 256),
+    ],
+)
+def test_rows_are_padded_to_what_the_layout_and_both_models_kernels_want(student, teacher, layout, multiple):
+    assert precision.pad_to_multiple(config(student, teacher, **layout)) == multiple
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: FP8 kernels cannot be emulated")
 def test_this_gpu_runs_the_recipes():
