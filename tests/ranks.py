@@ -8,6 +8,7 @@ pickled by reference: it must live at module level of a test module. What each r
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing as mp
 import os
 import pickle
@@ -20,6 +21,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # conftest.py widens this to the Megatron stack when a collected test needs it.
 PRELOAD = ["torch", "nemo_tsdkd.objective"]
@@ -58,6 +61,7 @@ def _rank_main(
         TORCHELASTIC_USE_AGENT_STORE="False",
     )
     os.setpgid(0, 0)  # so that a kill reaches what a rank forks, too
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives a test run that was killed
     log = os.open(f"{folder}/{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
