@@ -104,19 +104,19 @@ class Schedule:
         Returns:
             (source, target) rows the cache must copy, in this order, to close the gaps.
         """
-        for sequence, token in zip(done.sequences, token_ids, strict=True):
-            self.written[sequence].append(token)
+        ended = []
+        for row, (sequence, token) in enumerate(zip(done.sequences, token_ids, strict=True), done.first_row):
+            written = self.written[sequence]
+            written.append(token)
+            if token in self.eos_ids or len(written) == self.limits[sequence]:
+                ended.append(row)
         moves = []
-        for row in reversed([row for row, sequence in enumerate(self.live) if self._is_finished(sequence)]):
+        for row in reversed(ended):
             last = self.live.pop()
             if row < len(self.live):
                 self.live[row] = last
                 moves.append((len(self.live), row))
         return moves
-
-    def _is_finished(self, sequence: int) -> bool:
-        written = self.written[sequence]
-        return written[-1] in self.eos_ids or len(written) == self.limits[sequence]
 
     def responses(self) -> list[Response]:
         """The responses in the prompts' order; call when `finished`."""

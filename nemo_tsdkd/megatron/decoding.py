@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import functional
@@ -114,6 +115,13 @@ class KVCache:
 # functions, dropout, recomputation and cross attention, whose host time is what a small batch of tokens waits for.
 
 
+def _block(module: TransformerBlock, hidden_states: Tensor | None, **kwargs: Any) -> Tensor:
+    hidden_states = hidden_states if module.pre_process else module.input_tensor
+    for layer in module.layers:
+        hidden_states, _ = layer(hidden_states)
+    return hidden_states if module.final_layernorm is None else module.final_layernorm(hidden_states)
+
+
 def _layer(module: TransformerLayer, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
     for norm, block in (
         (module.input_layernorm, module.self_attention),
@@ -157,6 +165,7 @@ _SETTINGS = {
 def decoding(model: GPTModel, cache: KVCache) -> Iterator[None]:
     """Let `model` decode over `cache`; put it back as it was, whatever happens."""
     stand_ins = {
+        TransformerBlock: _block,
         TransformerLayer: _layer,
         SelfAttention: partial(_attention, cache),
         ColumnParallelLinear: _column_parallel,
