@@ -77,7 +77,9 @@ def _declare(run_dir: Path, step: int, config: CheckpointConfig) -> None:
     if rank == 0:
         seal(folder, {name: entry for part in entries for name, entry in part.items()})
         retain(run_dir, config.keep_last, config.keep_every)
-        (run_dir / "last_step").write_text(f"{step}\n")  # the job script sees progress by it
+        mark = run_dir / ".last_step"
+        mark.write_text(f"{step}\n")
+        mark.replace(run_dir / "last_step")  # the job script sees progress by it
     dist.barrier()
 
 
