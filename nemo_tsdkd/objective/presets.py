@@ -75,7 +75,9 @@ def _reference(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
     h = entropy[response]
     running = (h.double() * 2.0**32).round().long().cumsum(0)
     column = (running < config.threshold * running[-1:].double()).sum()
-    opener = response & (tokens.position < column)
+    # The public trainer cuts its prompts off first: its column 0 is the row's first response position.
+    begins = response & (tokens.before(response.long()) == 0)
+    opener = response & (tokens.position - tokens.total(torch.where(begins, tokens.position, 0)) < column)
     uncertain = entropy >= torch.quantile(h, config.threshold) if len(h) else response
     gate = torch.sigmoid((entropy - tokens.teacher_entropy) / config.gate_temperature) * response
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_tsdkd.objective import ObjectiveConfig
+from nemo_tsdkd.objective import ObjectiveConfig, tsdkd_loss
 from nemo_tsdkd.objective.selection import RULES, Tokens, check_rules, rule
 
 
@@ -54,3 +54,20 @@ def test_an_unknown_rule_is_one_clear_error():
 def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="'identity' is registered twice"):
         rule("identity")(lambda tokens, config: tokens.response)
+
+
+def test_the_reference_preset_counts_columns_from_where_a_response_begins():
+    """The public trainer sees responses alone; here prompts of different lengths stand before them."""
+    g = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(8, 2, 11, generator=g, dtype=torch.float64) for _ in range(2))
+    config = ObjectiveConfig(preset="reference", threshold=0.5, top_k=4)
+    alone = tsdkd_loss(student, teacher, torch.ones(8, 2, dtype=torch.bool), config)
+    prompts, rows = (3, 6), {}
+    for name, logits in (("student", student), ("teacher", teacher)):
+        rows[name] = torch.randn(14, 2, 11, generator=g, dtype=torch.float64)
+        for b, start in enumerate(prompts):
+            rows[name][start : start + 8, b] = logits[:, b]
+    place = torch.arange(14)[:, None] - torch.tensor(prompts)
+    whole = tsdkd_loss(rows["student"], rows["teacher"], (place >= 0) & (place < 8), config)
+    for term in ("direct", "indirect"):
+        torch.testing.assert_close(getattr(whole, term), getattr(alone, term), rtol=1e-12, atol=0)
