@@ -1,0 +1,84 @@
+"""From a path to a NeMo checkpoint: what is imported, once, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import ranks
+import tiny_hf
+
+
+def resolve(path: Path, cache_dir: Path) -> str:
+    from nemo_tsdkd.checkpoint import resolve
+
+    try:
+        return str(resolve(path, cache_dir))
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_a_hugging_face_folder_is_imported_once(tmp_path):
+    hf, cache = tiny_hf.save_hf(tmp_path / "hf"), tmp_path / "cache"
+    first, second = ranks.run_ranks(resolve, 2, hf, cache)
+    assert first == second and list(cache.iterdir()) == [Path(first)]
+    times = {p: p.stat().st_mtime_ns for p in Path(first).rglob("*")}
+    assert resolve_here(hf, cache) == first and {p: p.stat().st_mtime_ns for p in Path(first).rglob("*")} == times
+    assert resolve_here(Path(first), cache) == first
+
+
+def resolve_here(path: Path, cache_dir: Path) -> str:
+    return ranks.run_ranks(resolve, 1, path, cache_dir)[0]
+
+
+def test_a_failed_import_reaches_every_rank(tmp_path):
+    hf = tiny_hf.save_hf(tmp_path / "hf")
+    with (hf / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    for message in ranks.run_ranks(resolve, 2, hf, tmp_path / "cache"):
+        assert message.startswith("RuntimeError") and "the import failed" in message
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def setting(**change):
+    def apply(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+
+    return apply
+
+
+REFUSED = {
+    "pickle": (pickled, "pickle"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no .safetensors"),
+    "own code": (setting(auto_map={"AutoModel": "model.Model"}), "auto_map"),
+    "other architecture": (setting(model_type="mamba"), "model_type = 'mamba'"),
+    "sliding window": (setting(use_sliding_window=True), "use_sliding_window"),
+    "yarn": (setting(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_scaling"),
+    "no folder": (shutil.rmtree, "no such folder"),
+    "broken json": (lambda folder: (folder / "config.json").write_text("{"), "not readable as JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_imported_is_refused_with_its_reason(kind, tmp_path):
+    spoil, reason = REFUSED[kind]
+    folder = tiny_hf.save_hf(tmp_path / "hf")
+    spoil(folder)
+    message = resolve_here(folder, tmp_path / "cache")
+    assert message.startswith("ValueError") and reason in message
+
+
+def widths(cases: list) -> list[int]:
+    from nemo_tsdkd.checkpoint import padded_vocab_size
+
+    return [padded_vocab_size(*sizes, tensor_model_parallel_size=tp) for sizes, tp in cases]
+
+
+def test_the_common_width_holds_both_models_and_serves_every_layout():
+    cases = {((151936, 152064), 1): 152576, ((151936, 152064), 8): 152576, ((330,), 2): 1024, ((330,), 3): 3072}
+    assert ranks.run_ranks(widths, 1, list(cases))[0] == list(cases.values())
