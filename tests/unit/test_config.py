@@ -64,7 +64,7 @@ def test_no_yaml_file_escapes_the_tests():
 
 
 def test_overrides_and_groups():
-    config = compose_config("demo", ["objective=gkd", "objective.beta=0.25", "data.limit=5", "rollout.lmbda=1"])
+    config = compose_config("demo", [*PATHS, "objective=gkd", "objective.beta=0.25", "data.limit=5", "rollout.lmbda=1"])
     assert (config.objective.preset, config.objective.beta, config.data.limit) == ("gkd", 0.25, 5)
     assert config.rollout.lmbda == 1.0 and config.parallel.world_size == 4
 
