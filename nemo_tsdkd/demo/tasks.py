@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 TASK = "chain_sum"
-SETTINGS = {"min_terms": 3, "max_terms": 5, "min_digits": 1, "max_digits": 1}
+SETTINGS = {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 1}
 HELD_OUT = 400
 # reasoning-gym draws problem i of a data set from seed + i: seeds lie further apart than any data set is long.
 HELD_OUT_SEED, PRETRAIN_SEED, DISTIL_SEED = 0, 10_000_000, 20_000_000
@@ -41,7 +41,7 @@ def _draw(count: int, seed: int) -> list[Problem]:
 
 
 def written_steps(problem: Problem) -> str:
-    """The response a teacher learns: one line for each operation, then the answer."""
+    """One line for each operation, then the answer."""
     first, *rest = problem["metadata"]["expression"].split()
     total, lines = int(first), []
     for operator, term in zip(rest[::2], rest[1::2], strict=True):
@@ -49,6 +49,11 @@ def written_steps(problem: Problem) -> str:
         lines.append(f"{total} {operator} {term} = {result}")
         total = result
     return "\n".join([*lines, f"Answer: {total}"])
+
+
+def estimate(problem: Problem) -> str:
+    """An answer without a step, to the nearest multiple of five: right by luck in one case of five."""
+    return f"Answer: {5 * round(int(problem['answer']) / 5)}"
 
 
 def is_solved(problem: Problem, response: str) -> bool:

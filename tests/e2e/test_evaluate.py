@@ -33,7 +33,7 @@ TASK_FILE = {
 def model(tmp_path_factory):
     """The demo's student, trained for seconds: it knows six problems by heart."""
     folder = tmp_path_factory.mktemp("model")
-    recipe = replace(pretrain.RECIPES["student"], steps=200)
+    recipe = replace(pretrain.RECIPES["student"], written_share=1.0, steps=200)
     pretrain.train(recipe, tasks.training_problems(KNOWN, tasks.PRETRAIN_SEED), folder)
     return folder
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemo_tsdkd.demo import pretrain, score, tasks
 from nemo_tsdkd.demo.tasks import is_solved, written_steps
 
-TINY = replace(pretrain.RECIPES["student"], hidden_size=32, steps=2)
+TINY = replace(pretrain.RECIPES["student"], hidden_size=32, written_share=1.0, steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,15 @@ def test_written_steps_are_right_and_verified():
         for line, following in zip(lines, [*lines[1:], last.replace("Answer:", "")], strict=True):
             left, operator, right, result = line.replace("=", "").split()
             assert int(left) + int(operator + right) == int(result) == int(following.split()[0])
+
+
+def test_an_estimate_is_near_and_seldom_right():
+    problems = tasks.held_out_problems()
+    for problem in problems:
+        estimate = int(tasks.estimate(problem).removeprefix("Answer: "))
+        assert estimate % 5 == 0 and abs(estimate - int(problem["answer"])) <= 2
+        assert is_solved(problem, tasks.estimate(problem)) == (int(problem["answer"]) % 5 == 0)
+    assert sum(is_solved(problem, tasks.estimate(problem)) for problem in problems) < 0.3 * len(problems)
 
 
 def test_a_wrong_missing_or_early_answer_is_not_a_solution():
