@@ -260,7 +260,6 @@ def install_nemo() -> None:
     if _installed:
         _checkpoint_devices()
         _progress_printer()
-        _norm_names()
 
 
 def _checkpoint_devices() -> None:
@@ -275,29 +274,3 @@ def _progress_printer() -> None:
     from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
 
     ProgressPrinter.log_megatron_timers = lambda self, timers: None
-
-
-def _norm_names() -> None:
-    """NeMo's Hugging Face mappings name Transformer Engine's fused norms; with Megatron's own layers an import
-    would leave every norm at 1 with a warning, so the names are translated."""
-    import nemo.lightning.io as io
-    import nemo.lightning.io.state as state
-
-    fused_to_plain = {
-        ".self_attention.linear_qkv.layer_norm_": ".input_layernorm.",
-        ".mlp.linear_fc1.layer_norm_": ".pre_mlp_layernorm.",
-    }
-    original = state.apply_transforms
-
-    def plain(name: Any) -> Any:
-        for fused, local in fused_to_plain.items():
-            name = name.replace(fused, local) if isinstance(name, str) else name
-        return name
-
-    def apply_transforms(source: Any, target: Any, mapping: dict[Any, Any], *args: Any, **kwargs: Any) -> Any:
-        names = [n for model in (source, target) if hasattr(model, "state_dict") for n in model.state_dict()]
-        if any("decoder.layers" in n and ".input_layernorm.weight" in n for n in names):
-            mapping = {plain(k): plain(v) for k, v in mapping.items()}
-        return original(source, target, mapping, *args, **kwargs)
-
-    state.apply_transforms = io.apply_transforms = apply_transforms
