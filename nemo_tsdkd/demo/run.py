@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     overrides = [*(f"{key}={path}" for key, path in paths.items()), *args.overrides]
     config = compose_config("demo", overrides)
     with _phase("distillation", seconds):
-        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.world_size)]
+        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.parallel.world_size)]
         _python(*ranks, "-m", "nemo_tsdkd", "train", "--config-name", "demo", *overrides)
     models["distilled"] = folder / "student-hf"
     with _phase("export", seconds):
