@@ -23,17 +23,17 @@ _ROOT = 0x6A09E667F3BCC908  # key of the empty counter
 _ON_POLICY = -1  # stands where a sample id would, and none is negative
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's own repeats the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def _xor_shift(x: Tensor, bits: int) -> Tensor:
+    """x ^= x >> bits, in place, with a logical shift: torch's own repeats the sign."""
+    return x.bitwise_xor_((x >> bits).bitwise_and_((1 << (64 - bits)) - 1))
 
 
 def fold(key: Tensor, counter: Tensor | int) -> Tensor:
     """64 hashed bits of (key, counter), broadcast over both: a key for the next counter, or noise. All int64."""
     x = key + (torch.as_tensor(counter, dtype=torch.int64, device=key.device) + 1) * _GAMMA
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
+    x = _xor_shift(x, 30).mul_(_MIX_1)
+    x = _xor_shift(x, 27).mul_(_MIX_2)
+    return _xor_shift(x, 31)
 
 
 def step_key(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
@@ -43,13 +43,13 @@ def step_key(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """fp32 in (0, 1), fine-grained (2^-54) near 0, where the winners of Gumbel-max are decided."""
-    return ((_shift_right(bits, 11).float() + 0.5) * 2.0**-53).clamp_(max=1 - 2.0**-24)
+    """fp32 in (0, 1), fine-grained (2^-63) near 0, where the winners of Gumbel-max are decided."""
+    return (bits & (2**63 - 1)).float().mul_(2.0**-63).clamp_(2.0**-64, 1 - 2.0**-24)
 
 
 def gumbel(keys: Tensor, token_ids: Tensor) -> Tensor:
-    """Gumbel(0, 1) noise [B, N] fp32 for keys [B] and the token ids [N] or [B, N]."""
-    return -torch.log(-torch.log1p(-uniform(fold(keys[:, None], token_ids))))
+    """Gumbel(0, 1) noise [B, N] fp32 for keys [B] and the token ids [N] or [B, N]: -log(-log(1 - u))."""
+    return uniform(fold(keys[:, None], token_ids)).neg_().log1p_().neg_().log_().neg_()
 
 
 def on_policy(seed: int, step: int, lmbda: float) -> bool:

@@ -56,16 +56,17 @@ def generate(
     )
     cache = KVCache(model, min(config.batch_size, len(prompts)), schedule.cache_length)
     device = cache.device
-    keys = fold(step_key(seed, step, device), torch.tensor(sample_ids, device=device))
+    sample_keys = fold(step_key(seed, step, device), torch.tensor(sample_ids, device=device))
+    positions = torch.arange(max(schedule.limits, default=0), device=device)
+    keys = fold(sample_keys[:, None], positions)  # [prompts, response positions]
     with decoding(model, cache):
         while not schedule.finished:
             batch = schedule.next_pass()
             logits = _forward(model, cache, batch, pp_group)
             if logits is not None:
-                response_positions = [len(schedule.written[i]) for i in batch.sequences]
                 tokens = sample(
                     logits,
-                    fold(keys[batch.sequences], torch.tensor(response_positions, device=device)),
+                    keys[batch.sequences, [len(schedule.written[i]) for i in batch.sequences]],
                     temperature=config.temperature,
                     top_k=config.top_k,
                     top_p=config.top_p,
