@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml
 
 # The Slurm lab of tests/slurm needs Debian packages; without root its tests skip and say so.
 lab:
-	if [ "$$(id -u)" = 0 ] && ! command -v slurmctld > /dev/null; then tests/slurm/install.sh; fi
+	if [ "$$(id -u)" = 0 ] && ! { command -v slurmctld && test -e /usr/include/slurm/spank.h; } > /dev/null; then tests/slurm/install.sh; fi
 
 check: setup
 	$(BIN)/ruff check

@@ -22,9 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder, such as `export` writes")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--tasks", default="paper", help="a file of conf/evaluate, or task names joined by commas")
-    parser.add_argument(
-        "--include-path", type=Path, help="folder of task files to use instead of the harness's"
-    )
+    parser.add_argument("--include-path", type=Path, help="folder of task files to use instead of the harness's")
     parser.add_argument("--limit", type=int, help="score the first N problems of each task only")
     parser.add_argument("--batch-size", default="8", help="sequences at once, or `auto`")
     parser.add_argument("--no-chat-template", action="store_true", help="give the prompts as they are: for base models")
