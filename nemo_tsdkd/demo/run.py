@@ -93,15 +93,17 @@ def _write_prompts(path: Path) -> Path:
 
 def _python(*arguments: str) -> None:
     # One thread a process: four ranks share a laptop's cores, and idle OpenMP threads would spin on them.
-    subprocess.run([sys.executable, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    # The warnings are NeMo's and Megatron's, four times over, on what only a GPU has.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    subprocess.run([sys.executable, *arguments], env=environment, check=True)
 
 
 def _show(summary: dict) -> None:
-    table = Table(title=f"TSD-KD on {TASK}: {summary['steps']} steps, {summary['problems']} held-out problems")
-    table.add_column("model")
+    table = Table("model")
     table.add_column("accuracy", justify="right")
     for name in ("student_before", "teacher", "student_after"):
         table.add_row(name.replace("_", " "), f"{summary[name]:.1%}")
+    print(f"TSD-KD on {TASK}: {summary['steps']} steps, accuracy on {summary['problems']} held-out problems")
     Console().print(table)
     print(f"{sum(summary['seconds'].values()):.0f} s in all. Exported checkpoint: {summary['export']}")
 
