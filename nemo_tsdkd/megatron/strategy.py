@@ -16,23 +16,14 @@ from nemo import lightning as nl
 from nemo.lightning._strategy_lib import init_model_parallel
 from torch import Tensor
 
+from nemo_tsdkd.objective import METRICS
 from nemo_tsdkd.rollout import Response
 
 if TYPE_CHECKING:
     from nemo_tsdkd.model import DistillationBatch
 
-# What the objective reports as sums over sequences (docs/math.md), in the order of the reduced vector.
-PER_SEQUENCE = (
-    "loss",
-    "direct",
-    "indirect",
-    "entropy",
-    "student_entropy",
-    "teacher_entropy",
-    "gate_mean",
-    "opener_fraction",
-    "rank_agreement",
-)
+# What the objective reports as sums over sequences and what merely counts, in the order of the reduced vector.
+PER_SEQUENCE = ("loss", *(name for name in METRICS if name != "response_tokens"))
 COUNTS = ("num_sequences", "response_tokens")
 
 

@@ -1,7 +1,8 @@
 """The token-selective dual distillation objective: torch only, groups are arguments."""
 
 from nemo_tsdkd.config import ObjectiveConfig
+from nemo_tsdkd.objective.function import METRICS
 from nemo_tsdkd.objective.loss import tsdkd_loss, tsdkd_loss_from_hidden
 from nemo_tsdkd.objective.output import ObjectiveOutput
 
-__all__ = ["ObjectiveConfig", "ObjectiveOutput", "tsdkd_loss", "tsdkd_loss_from_hidden"]
+__all__ = ["METRICS", "ObjectiveConfig", "ObjectiveOutput", "tsdkd_loss", "tsdkd_loss_from_hidden"]
