@@ -4,19 +4,22 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_tsdkd.demo import pretrain, run
 
 
+@pytest.mark.timeout(900)  # seven imports of NeMo
 def test_the_flow_from_hugging_face_to_hugging_face(tmp_path, monkeypatch):
     recipes = {name: replace(recipe, hidden_size=32, steps=1) for name, recipe in pretrain.RECIPES.items()}
     monkeypatch.setattr(pretrain, "PROBLEMS", 64)
     monkeypatch.setattr(run, "pretrained", lambda cache: pretrain.pretrained(cache, recipes))
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "left over").touch()
-    run.main(["--runs", str(tmp_path), "--problems", "4", "max_steps=2", "global_batch_size=4", "micro_batch_size=2"])
+    small = ["max_steps=2", "global_batch_size=4", "micro_batch_size=2", "optim.warmup_steps=0"]
+    run.main(["--runs", str(tmp_path), "--problems", "4", *small])
     assert not (tmp_path / "demo" / "left over").exists()
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert (summary["steps"], summary["problems"]) == (2, 4)
