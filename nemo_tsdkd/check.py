@@ -37,6 +37,15 @@ def check_setup(config: TrainConfig) -> dict[str, ModelShape]:
     return shapes
 
 
+def check_ranks(config: TrainConfig, started: int) -> None:
+    """Raise ValueError unless as many ranks were started as the layout has."""
+    if started != config.parallel.world_size:
+        raise ValueError(
+            f"parallel.num_nodes x parallel.gpus_per_node = {config.parallel.world_size}: but {started} "
+            "ranks were started. Start one for each, with srun or `torchrun --nproc-per-node N -m nemo_tsdkd train`."
+        )
+
+
 def check_model_fits(hf_config: Mapping[str, Any], parallel: ParallelConfig, which: str) -> None:
     """Raise ValueError unless a model can be cut into TP x PP equal parts.
 

@@ -14,18 +14,14 @@ from nemo_tsdkd import launch
 
 def train(argv: Sequence[str]) -> None:
     place = launch.environment()
-    from nemo_tsdkd.check import check_setup
+    from nemo_tsdkd.check import check_ranks, check_setup
     from nemo_tsdkd.compose import add_config_arguments, config_from
 
     parser = argparse.ArgumentParser(prog="nemo-tsdkd train")
     add_config_arguments(parser)
     config = config_from(parser.parse_intermixed_args(argv))
     check_setup(config)
-    if place.world_size != config.parallel.world_size:
-        raise ValueError(
-            f"parallel.num_nodes x parallel.gpus_per_node = {config.parallel.world_size}: but {place.world_size} "
-            "ranks were started. Start one for each, with srun or `torchrun --nproc-per-node N -m nemo_tsdkd train`."
-        )
+    check_ranks(config, place.world_size)
     from nemo_tsdkd.megatron.train import train
 
     train(config)

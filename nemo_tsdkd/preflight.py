@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from nemo_tsdkd import probes
-from nemo_tsdkd.check import check_setup
+from nemo_tsdkd.check import check_ranks, check_setup
 from nemo_tsdkd.compose import add_config_arguments, config_from
 from nemo_tsdkd.config import TrainConfig
 from nemo_tsdkd.launch import Launch, environment, hosts
@@ -50,11 +50,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     config = config_from(args)
     place = environment()
-    if place.world_size != config.parallel.world_size:
-        raise ValueError(
-            f"parallel.num_nodes x parallel.gpus_per_node = {config.parallel.world_size}: but {place.world_size} ranks "
-            "were started. Start one for each, with srun."
-        )
+    check_ranks(config, place.world_size)
     errors = Preflight(config, place, args.timeout, args.allow_cpu).run()
     for line in errors:
         print(f"preflight: FAILED: {line}", flush=True)
