@@ -63,12 +63,12 @@ def _gather(x: Tensor, tp_group: ProcessGroup) -> list[Tensor]:
     return shards
 
 
-def vocab_parallel_argmax(scores: Tensor, tp_group: ProcessGroup | None = None) -> Tensor:
-    """Token ids [B] of the largest scores [B, V_local]; ties go to the lower token id."""
-    best, token = scores.max(dim=-1)  # the first of equals
+def vocab_parallel_argmax(scores: Tensor, token_ids: Tensor, tp_group: ProcessGroup | None = None) -> Tensor:
+    """Token ids [B] of the largest scores [B, N], whose columns are the tokens [N]; ties go to the lower token id."""
+    best, column = scores.max(dim=-1)  # the first of equals
+    token = token_ids[column]
     if tp_group is None:
         return token
-    token = token + tp_group.rank() * scores.shape[-1]
     pairs = torch.stack(_gather(torch.stack((best.double(), token.double())), tp_group))  # [TP, 2, B]
     winner = pairs[:, 0].argmax(dim=0, keepdim=True)
     return pairs[:, 1].gather(0, winner)[0].long()
@@ -137,16 +137,17 @@ def sample(
     Returns:
         Token ids [B], int64.
     """
-    scores = logits.float()
-    first = 0 if tp_group is None else tp_group.rank() * scores.shape[-1]
+    # As many columns on every rank, which exchange some; what lies beyond `vocab_size` in all of them costs nothing.
+    scores = logits[:, :vocab_size].float()
+    first = 0 if tp_group is None else tp_group.rank() * logits.shape[-1]
     token_ids = torch.arange(first, first + scores.shape[-1], device=scores.device)
     if first + scores.shape[-1] > vocab_size:
         scores = scores.masked_fill(token_ids >= vocab_size, -torch.inf)
     if temperature == 0:
-        return vocab_parallel_argmax(scores, tp_group)
+        return vocab_parallel_argmax(scores, token_ids, tp_group)
     scores = scores / temperature
     if 0 < top_k < vocab_size:
         scores = keep_top_k(scores, top_k, tp_group)
     if top_p < 1:
         scores = keep_top_p(scores, top_p, tp_group)
-    return vocab_parallel_argmax(scores + gumbel(keys, token_ids), tp_group)
+    return vocab_parallel_argmax(scores + gumbel(keys, token_ids), token_ids, tp_group)
