@@ -14,6 +14,8 @@ from typing import Any
 PRESETS = ("paper", "reference", "gkd", "forward_kl", "reverse_kl")
 HEADS = ("logits", "fused")
 OFFLOADS = ("none", "cpu")
+# What one tile of the objective holds by default: a CPU's cache keeps it; a GPU's launches cost little beside it.
+TILE_LOGITS = {"cpu": 2**20, "cuda": 2**23}
 MISSING = "???"  # a field the user must set
 
 
@@ -63,15 +65,15 @@ class ObjectiveConfig:
     entropy_rule: str = "top_fraction"
     gate_rule: str = "confidence"
     head: str = "logits"  # logits | fused: fused never holds a [tokens, V/TP] tensor
-    chunk_tokens: int = 4  # tokens, over the whole vocabulary, whose fp32 logits a rank holds at once; 32 on a GPU
+    tile_logits: int = 0  # fp32 logits of one model that a rank works on at once; 0: TILE_LOGITS of its device
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Raise ValueError on the first field that breaks its rule. Selection rules are checked by their registry."""
         _in("objective.preset", self.preset, PRESETS)
         _in("objective.head", self.head, HEADS)
         _share(self, "objective.", "beta", "threshold", "entropy_fraction")
-        _not_negative(self, "objective.", "indirect_kd_alpha", "direct_weight", "entropy_weight")
-        _positive(self, "objective.", "top_k", "gate_temperature", "temperature", "chunk_tokens")
+        _not_negative(self, "objective.", "indirect_kd_alpha", "direct_weight", "entropy_weight", "tile_logits")
+        _positive(self, "objective.", "top_k", "gate_temperature", "temperature")
         if vocab_size is not None:
             _require(
                 self.top_k <= vocab_size,

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nemo_tsdkd.config import TrainConfig
+from nemo_tsdkd.config import TILE_LOGITS, TrainConfig
 from nemo_tsdkd.folders import HF_ASSETS, is_nemo_checkpoint
 
 GIB = 2**30
@@ -132,7 +132,7 @@ def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Me
     activations = student.layers // pp * in_flight * layer
 
     columns = student.padded_vocab(tp) // tp
-    tile = min(tokens * columns, config.objective.chunk_tokens * student.padded_vocab(tp))
+    tile = min(tokens * columns, config.objective.tile_logits or TILE_LOGITS["cuda"])
     loss = tile * (2 * 2 + 4 * 4)  # bf16 logits of both models; four fp32 tensors while the loss is taken
     if config.objective.head == "logits":
         loss += 3 * 2 * tokens * columns  # bf16 logits of both models and the student's gradient, whole

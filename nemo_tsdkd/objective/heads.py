@@ -35,7 +35,7 @@ class LogitsHead:
         student, teacher: logits; the student's may be overwritten by its gradient (`overwrite`).
         left, right: the teacher's columns [n, c] that other ranks hold (vocab_parallel.Overlap).
         index: which n of the N rows are the head's tokens.
-        tile_elements: logits of one model in a tile.
+        tile_logits: logits of one model in a tile.
     """
 
     student: Tensor
@@ -45,7 +45,7 @@ class LogitsHead:
     index: Tensor
     overlap: Overlap
     temperature: float
-    tile_elements: int
+    tile_logits: int
     overwrite: bool = False
 
     @property
@@ -70,7 +70,7 @@ class LogitsHead:
     def tiles(self) -> Iterator[LogitsTile]:
         width, (first, end) = self.overlap.width, self.overlap.own
         dtype = compute_dtype(self.student.dtype)
-        for rows in _spans(self.num_tokens, max(1, self.tile_elements // width)) if width else ():
+        for rows in _spans(self.num_tokens, max(1, self.tile_logits // width)) if width else ():
             teacher = self.teacher[:, first:end].index_select(0, self.index[rows])
             if self.left.shape[1] + self.right.shape[1]:
                 teacher = torch.cat([self.left[rows], teacher, self.right[rows]], -1)
@@ -110,7 +110,7 @@ class FusedHead:
     teacher_weight: tuple[Tensor, ...]
     overlap: Overlap
     temperature: float
-    tile_elements: int
+    tile_logits: int
 
     @property
     def num_tokens(self) -> int:
@@ -139,9 +139,7 @@ class FusedHead:
             yield everyone, columns, student, teacher
 
     def _columns(self) -> Iterator[slice]:
-        return (
-            _spans(self.overlap.width, max(1, self.tile_elements // self.num_tokens)) if self.num_tokens else iter(())
-        )
+        return _spans(self.overlap.width, max(1, self.tile_logits // self.num_tokens)) if self.num_tokens else iter(())
 
     def _teacher_rows(self, columns: slice) -> Tensor:
         parts, offset = [], 0

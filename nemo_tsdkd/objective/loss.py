@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_tsdkd.config import ObjectiveConfig
+from nemo_tsdkd.config import TILE_LOGITS, ObjectiveConfig
 from nemo_tsdkd.objective.function import METRICS, Call, Head, Objective
 from nemo_tsdkd.objective.heads import FusedHead, LogitsHead
 from nemo_tsdkd.objective.output import ObjectiveOutput
@@ -65,7 +65,7 @@ def tsdkd_loss(
         call.index,
         overlap,
         config.temperature,
-        config.chunk_tokens * vocab_size,
+        _tile_logits(config, student),
         overwrite_student_logits,
     )
     return _run(call, head)
@@ -118,9 +118,13 @@ def tsdkd_loss_from_hidden(
         (left, weight[slice(*overlap.own)], right),
         overlap,
         config.temperature,
-        config.chunk_tokens * vocab_size,
+        _tile_logits(config, student_hidden),
     )
     return _run(call, head)
+
+
+def _tile_logits(config: ObjectiveConfig, tensor: Tensor) -> int:
+    return config.tile_logits or TILE_LOGITS["cuda" if tensor.is_cuda else "cpu"]
 
 
 def _checked(config: ObjectiveConfig, vocab_size: int) -> ObjectiveConfig:

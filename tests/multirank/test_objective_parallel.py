@@ -20,10 +20,10 @@ PACKED = (0, 8, 12, 12, 32, 36)
 EVEN_PACKED = (0, 8, 16, 16, 36, 40)
 
 CASES = {
-    **{name: Case(config) for name, config in cases.presets(top_k=5, chunk_tokens=2).items()},
+    **{name: Case(config) for name, config in cases.presets(top_k=5, tile_logits=70).items()},
     "student_wider": Case(student_padding=3, ties=True),
     "teacher_wider": Case(teacher_padding=14),
-    "top_k_above_shard": Case(ObjectiveConfig(top_k=8, chunk_tokens=3), vocab_size=9, ties=True, teacher_padding=1),
+    "top_k_above_shard": Case(ObjectiveConfig(top_k=8, tile_logits=27), vocab_size=9, ties=True, teacher_padding=1),
     "empty_shard": Case(ObjectiveConfig(top_k=6, threshold=0.5), vocab_size=9, student_padding=1, scale=1.0),
     "packed": Case(steps=40, batch=1, cu_seqlens=EVEN_PACKED, student_padding=2),
     "no_response": Case(steps=8, batch=1, cu_seqlens=(0, 0, 8)),
@@ -163,7 +163,7 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-CONFIG = ObjectiveConfig(top_k=3, chunk_tokens=1, threshold=0.2)
+CONFIG = ObjectiveConfig(top_k=3, tile_logits=35, threshold=0.2)
 COUNTED = {"even": Case(CONFIG, steps=32, batch=1), "uneven": Case(CONFIG, steps=32, batch=1, teacher_padding=1)}
 
 

@@ -42,7 +42,7 @@ def drawn_cases(draw) -> Case:
         entropy_fraction=draw(st.sampled_from([0.0, 0.1, 0.4, 1.0])),
         temperature=draw(st.sampled_from([0.7, 1.0, 3.0])),
         top_k=draw(st.integers(1, vocab_size)),
-        chunk_tokens=draw(st.integers(1, 30)),
+        tile_logits=draw(st.integers(1, 600)),
     )
     packed = config.preset != "reference" and draw(st.booleans())
     bounds = sorted(draw(st.lists(st.integers(0, steps), max_size=4)))
