@@ -6,7 +6,7 @@ Random Qwen2 models of the demo's sizes, in one process, sampling at temperature
 128 new tokens each; no padding, Hugging Face's best case. `mixed`: prompts of 8 to 48 tokens, and each token ends the
 response with a chance of about 1/40, so lengths spread from 1 to the limit of 128; once for the 32 prompts of one
 batch, once for 128 prompts. Hugging Face takes batches of 32 in the prompts' order, padded on the left; `re-forward`
-is the same without a KV cache.
+is the same without a KV cache. `benchmarks/step.py` has a whole training step's times.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 BATCH, NEW_TOKENS, VOCAB = 32, 128, 112
-SIZES = {"student": (64, 2), "teacher": (128, 4)}  # hidden size, layers, as in the demo
+SIZES = {"student": (96, 2), "teacher": (128, 4)}  # hidden size, layers: the demo's (demo/pretrain.py)
 EOS = list(range(40, 43))
 # prompts, their shortest and longest length, ids that end a response
 WORKLOADS = {"fixed": (32, 28, 28, []), "mixed, one batch": (32, 8, 48, EOS), "mixed": (128, 8, 48, EOS)}
