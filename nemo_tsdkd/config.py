@@ -15,7 +15,7 @@ PRESETS = ("paper", "reference", "gkd", "forward_kl", "reverse_kl")
 HEADS = ("logits", "fused")
 OFFLOADS = ("none", "cpu")
 # What one tile of the objective holds by default: a CPU's cache keeps it; a GPU's launches cost little beside it.
-TILE_LOGITS = {"cpu": 2**20, "cuda": 2**23}
+TILE_LOGITS = {"cpu": 2**19, "cuda": 2**23}
 MISSING = "???"  # a field the user must set
 
 
@@ -215,12 +215,13 @@ class OptimConfig:
 @dataclass
 class CheckpointConfig:
     every_n_steps: int = 100
+    every_minutes: float = 30.0  # saves as well when so much time has passed: what a failure may cost at long steps
     keep_last: int = 2  # newest checkpoints kept
     keep_every: int = 0  # besides these, one each so many steps is kept for good; 0: none
     async_save: bool = False
 
     def validate(self) -> None:
-        _positive(self, "checkpoint.", "every_n_steps", "keep_last")
+        _positive(self, "checkpoint.", "every_n_steps", "every_minutes", "keep_last")
         _not_negative(self, "checkpoint.", "keep_every")
 
 

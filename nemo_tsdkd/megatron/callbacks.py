@@ -61,7 +61,8 @@ class Report(pl.Callback):
 
 
 class SaveAndStop(pl.Callback):
-    """Saves every n steps, at the last step, and when the cluster asks the job to leave (SIGTERM, SIGUSR1)."""
+    """Saves every n steps, every so many minutes and at the last step; and when the cluster asks the job to leave
+    (SIGTERM, SIGUSR1), to stop then."""
 
     def __init__(self, run_dir: Path, source: Path, config: CheckpointConfig, reuse: int) -> None:
         self.run_dir = run_dir
@@ -69,6 +70,7 @@ class SaveAndStop(pl.Callback):
         self.config = config
         self.reuse = reuse
         self._asked_to_stop = False
+        self._saved_at = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, model: Any) -> None:
         if trainer.ckpt_path:
@@ -76,6 +78,7 @@ class SaveAndStop(pl.Callback):
         # After Lightning's own handlers, which would raise in the middle of a step on one rank alone.
         for signum in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(signum, self._note_signal)
+        self._saved_at = time.monotonic()
 
     def _note_signal(self, signum: int, frame: FrameType | None) -> None:
         logger.warning("%s: saving after this step, then stopping.", signal.Signals(signum).name)
@@ -83,18 +86,21 @@ class SaveAndStop(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, model: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        # A set of rollouts is not part of a checkpoint: save where the next step would write a new one.
-        at_boundary = step % self.reuse == 0 or step == trainer.max_steps
-        stop = at_boundary and self._any_rank_asked()
         last = step == trainer.max_steps
-        if stop or last or step % self.config.every_n_steps == 0:
+        if step % self.reuse and not last:
+            return  # a set of rollouts is not part of a checkpoint: save where the next step would write a new one
+        minutes = (time.monotonic() - self._saved_at) / 60
+        stop, due = _on_any_rank(self._asked_to_stop, minutes >= self.config.every_minutes)
+        if stop or due or last or step % self.config.every_n_steps == 0:
             save(trainer, self.run_dir, self.source, self.config, wait=stop or last)
+            self._saved_at = time.monotonic()
         if last and trainer.is_global_zero:
             (self.run_dir / "FINISHED").touch()  # a job that finds it never runs again
         trainer.should_stop = trainer.should_stop or stop
 
-    def _any_rank_asked(self) -> bool:
-        """Signals reach the ranks at different moments: all stop after the same step."""
-        asked = torch.tensor(int(self._asked_to_stop), device=torch.cuda.current_device())
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked)
+
+def _on_any_rank(*conditions: bool) -> list[bool]:
+    """Signals reach the ranks at different moments, and their clocks differ: all do the same after the same step."""
+    values = torch.tensor(conditions, dtype=torch.int32, device=torch.cuda.current_device())
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return [bool(value) for value in values.tolist()]

@@ -78,6 +78,25 @@ def test_on_policy_steps_equal_those_of_one_process(root, tmp_path):
     compare(*ranks.run_ranks(run, 4, config)[0], *alone)
 
 
+@pytest.mark.parametrize("layout", [None, "tp2_pp2_sp"])
+def test_bf16_stays_near_fp32(layout, root, alone, tmp_path):
+    """The arithmetic of production, whose numbers hold three digits."""
+    world_size, parallel = LAYOUTS[layout] if layout else (1, {})
+    config = tiny_run.config(root, tmp_path, world_size, **parallel)
+    config.precision.name = config.teacher.precision = "bf16"
+    losses = [step["loss"] for step in ranks.run_ranks(run, world_size, config)[0][0]]
+    expected = [step["loss"] for step in alone[0]]
+    assert losses == pytest.approx(expected, rel=0.01) and losses != pytest.approx(expected, rel=1e-5)
+
+
+def test_bf16_on_policy(root, tmp_path):
+    config = tiny_run.config(root, tmp_path, 2, lmbda=1.0, **{TP: 2})
+    config.precision.name = config.teacher.precision = "bf16"
+    steps, _ = ranks.run_ranks(run, 2, config)[0]
+    assert all(step["response_tokens"] > 8 for step in steps)  # more than one for each of 8 prompts
+    assert steps[-1]["loss"] < steps[0]["loss"]
+
+
 def compare(steps, weights, expected_steps, expected_weights):
     assert [s["step"] for s in steps] == [1, 2, 3, 4, 5]
     for step, expected in zip(steps, expected_steps, strict=True):

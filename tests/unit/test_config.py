@@ -149,6 +149,7 @@ def test_open_fields_are_named():
         ("optim.warmup_steps=3", "optim.warmup_steps = 3: must be fewer than max_steps = 3"),
         ("optim.adam_beta1=1.5", "optim.adam_beta1 = 1.5"),
         ("checkpoint.every_n_steps=0", "checkpoint.every_n_steps = 0"),
+        ("checkpoint.every_minutes=0", "checkpoint.every_minutes = 0"),
         ("checkpoint.keep_every=-1", "checkpoint.keep_every = -1"),
         ("parallel.context_parallel_size=0", "parallel.context_parallel_size = 0"),
         ("parallel.sequence_parallel=true", "sequence_parallel = True: needs parallel.tensor_model_parallel_size > 1"),
