@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 BATCH, MICRO_BATCH, NEW_TOKENS, SEQ_LENGTH = 48, 12, 48, 96
@@ -77,46 +78,66 @@ def ours(folder: Path, steps: int) -> list[dict[str, float]]:
     return rows
 
 
-def trl(folder: Path, steps: int, micro_batch_size: int) -> list[dict[str, float]]:
-    """As `ours`, by TRL's GKDTrainer, whose parts are timed from outside."""
-    import torch
-    from datasets import load_dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GKDConfig, GKDTrainer
+class Clock:
+    """Times the parts of another trainer's steps from outside."""
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    rows: list[dict[str, float]] = []
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
 
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            rows.append({"rollout": 0.0, "teacher": 0.0, "student": -time.perf_counter(), "response_tokens": 0})
+    def begin(self) -> None:
+        self.rows.append({"rollout": 0.0, "teacher": 0.0, "student": -time.perf_counter(), "response_tokens": 0})
 
-        def on_step_end(self, *args, **kwargs):
-            rows[-1]["student"] += time.perf_counter() - rows[-1]["rollout"] - rows[-1]["teacher"]
+    def end(self) -> None:
+        row = self.rows[-1]
+        row["student"] += time.perf_counter() - row["rollout"] - row["teacher"]
 
-    def timed(part, function):
+    def timed(self, part: str, function: Callable) -> Callable:
         def call(*args, **kwargs):
             start = time.perf_counter()
             out = function(*args, **kwargs)
-            rows[-1][part] += time.perf_counter() - start
+            self.rows[-1][part] += time.perf_counter() - start
             return out
 
         return call
 
+
+def trl(folder: Path, steps: int, micro_batch_size: int) -> list[dict[str, float]]:
+    """As `ours`, by TRL's GKDTrainer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GKDTrainer
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    clock = Clock()
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            clock.begin()
+
+        def on_step_end(self, *args, **kwargs):
+            clock.end()
+
     class Timed(GKDTrainer):
         @staticmethod
-        def generate_on_policy_outputs(model, inputs, generation_config, pad_token_id=None):
-            generate = timed("rollout", GKDTrainer.generate_on_policy_outputs)
-            tokens, mask, labels = generate(model, inputs, generation_config, pad_token_id)
-            rows[-1]["response_tokens"] += int(mask[:, inputs["prompts"].shape[1] :].sum())
+        def generate_on_policy_outputs(model, inputs, *args):
+            tokens, mask, labels = clock.timed("rollout", GKDTrainer.generate_on_policy_outputs)(model, inputs, *args)
+            clock.rows[-1]["response_tokens"] += int(mask[:, inputs["prompts"].shape[1] :].sum())
             return tokens, mask, labels
 
-    def as_chat(row):
-        roles = {"user": row["prompt"], "assistant": row["response"]}
-        return {"messages": [{"role": role, "content": text} for role, text in roles.items()]}
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("student", "teacher"))
+    teacher.forward = clock.timed("teacher", teacher.forward)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    config = gkd_config(folder, steps, micro_batch_size)
+    Timed(
+        student, teacher, config, train_dataset=chats(folder), processing_class=tokenizer, callbacks=[Steps()]
+    ).train()
+    return clock.rows
 
-    data = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train", cache_dir=str(folder / "hub"))
-    config = GKDConfig(
+
+def gkd_config(folder: Path, steps: int, micro_batch_size: int):
+    from trl import GKDConfig
+
+    return GKDConfig(
         output_dir=str(folder / "trl"),
         max_steps=steps,
         per_device_train_batch_size=micro_batch_size,
@@ -134,17 +155,16 @@ def trl(folder: Path, steps: int, micro_batch_size: int) -> list[dict[str, float
         report_to=[],
         disable_tqdm=True,
     )
-    models = [AutoModelForCausalLM.from_pretrained(folder / name) for name in ("student", "teacher")]
-    models[1].forward = timed("teacher", models[1].forward)
-    trainer = Timed(
-        *models,
-        config,
-        train_dataset=data.map(as_chat, remove_columns=data.column_names),
-        processing_class=AutoTokenizer.from_pretrained(folder / "student"),
-        callbacks=[Clock()],
-    )
-    trainer.train()
-    return rows
+
+
+def chats(folder: Path):
+    from datasets import Dataset
+
+    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    messages = [
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}] for row in rows
+    ]
+    return Dataset.from_dict({"messages": messages})
 
 
 def _run(*arguments: str) -> str:
