@@ -133,6 +133,7 @@ def test_a_response_is_not_asked_for_on_policy(tmp_path, tokenizer):
 
 def test_unusable_sources(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
