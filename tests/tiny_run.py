@@ -47,6 +47,7 @@ def config(root: Path, run_dir: Path, world_size: int, *, lmbda: float = 0.0, **
     c.student.path, c.teacher.path, c.data.path = str(root / "student"), str(root / "teacher"), str(root / "data.jsonl")
     c.precision.name = c.teacher.precision = "fp32"
     c.data.seq_length, c.rollout.max_new_tokens, c.rollout.lmbda = 96, 16, lmbda
+    c.objective.tile_logits = 4 * STUDENT_VOCAB  # several tiles
     c.optim.lr = 1e-3
     c.parallel.gpus_per_node = world_size
     for name, value in parallel.items():
