@@ -21,24 +21,35 @@ from collections.abc import Callable
 from pathlib import Path
 
 BATCH, NEW_TOKENS, VOCAB = 32, 128, 112
-SIZES = {"student": (96, 2), "teacher": (128, 4)}  # hidden size, layers: the demo's (demo/pretrain.py)
+MODELS = ("student", "teacher")  # recipes of the demo
 EOS = list(range(40, 43))
 # prompts, their shortest and longest length, ids that end a response
 WORKLOADS = {"fixed": (32, 28, 28, []), "mixed, one batch": (32, 8, 48, EOS), "mixed": (128, 8, 48, EOS)}
 
 
-def save_models(folder: Path, hidden: int, layers: int) -> None:
-    """A random model as a Hugging Face folder and its import, `hf` and `nemo` in `folder`."""
+def run_python(*arguments: str) -> str:
+    """Standard output of a Python process of its own; RuntimeError with the end of its errors where it fails."""
+    done = subprocess.run([sys.executable, "-W", "ignore", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return done.stdout
+
+
+def save_models(folder: Path, name: str) -> None:
+    """A random model of a recipe's size as a Hugging Face folder and its import, `hf` and `nemo` in `folder`."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+    from nemo_tsdkd.demo.pretrain import RECIPES
+
+    recipe = RECIPES[name]
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCAB,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=3 * recipe.hidden_size,
+        num_hidden_layers=recipe.num_hidden_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -47,8 +58,7 @@ def save_models(folder: Path, hidden: int, layers: int) -> None:
     Qwen2ForCausalLM(config).save_pretrained(folder / "hf")
     words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="0"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1", unk_token="0").save_pretrained(folder / "hf")
-    command = [sys.executable, "-m", "nemo_tsdkd", "import", "--source", folder / "hf", "--output", folder / "nemo"]
-    subprocess.run(command, check=True, capture_output=True)
+    run_python("-m", "nemo_tsdkd", "import", "--source", str(folder / "hf"), "--output", str(folder / "nemo"))
 
 
 def prompts(count: int, shortest: int, longest: int) -> list[list[int]]:
@@ -158,7 +168,7 @@ def in_world_of_one(folder: Path, threads: int, repeats: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", metavar="FILE")
@@ -171,12 +181,10 @@ def main() -> None:
     rows = []
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
-            save_models(Path(folder), *SIZES[name])
-            command = [sys.executable, "-W", "ignore", __file__, "--folder", folder, "--threads", str(args.threads)]
-            done = subprocess.run([*command, "--repeats", str(args.repeats)], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr[-3000:])
-        for row in json.loads(done.stdout.splitlines()[-1]):
+            save_models(Path(folder), name)
+            options = ("--threads", str(args.threads), "--repeats", str(args.repeats))
+            out = run_python(__file__, "--folder", folder, *options)
+        for row in json.loads(out.splitlines()[-1]):
             rows.append({"model": name, **row})
             figures = f"{row['tokens_per_second']:9.0f} tokens/s{row['times_hugging_face']:7.2f} x Hugging Face"
             print(f"{name:9}{row['workload']:18}{row['writer']:14}{figures}", flush=True)

@@ -17,12 +17,12 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from rollout import run_python
 
 BATCH, MICRO_BATCH, NEW_TOKENS, SEQ_LENGTH = 48, 12, 48, 96
 WARM_UP = 2  # steps
@@ -35,7 +35,8 @@ def prepare(folder: Path, steps: int) -> None:
     from transformers import set_seed
 
     from nemo_tsdkd.demo.pretrain import RECIPES, build_model
-    from nemo_tsdkd.demo.tasks import DISTIL_SEED, build_tokenizer, training_problems, written_steps
+    from nemo_tsdkd.demo.run import write_prompts
+    from nemo_tsdkd.demo.tasks import build_tokenizer
 
     set_seed(0)
     tokenizer = build_tokenizer()
@@ -43,9 +44,7 @@ def prepare(folder: Path, steps: int) -> None:
     for name, recipe in RECIPES.items():
         build_model(dataclasses.replace(recipe, vocab_size=vocab_size), tokenizer).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    with (folder / "prompts.jsonl").open("w", encoding="utf-8") as file:
-        for problem in training_problems(BATCH * steps, DISTIL_SEED):
-            file.write(json.dumps({"prompt": problem["question"], "response": written_steps(problem)}) + "\n")
+    write_prompts(folder / "prompts.jsonl", BATCH * steps)
 
 
 def ours(folder: Path, steps: int) -> list[dict[str, float]]:
@@ -62,13 +61,16 @@ def ours(folder: Path, steps: int) -> list[dict[str, float]]:
         "rollout.max_new_tokens": NEW_TOKENS,
         "rollout.batch_size": BATCH,
         "optim.lr": LEARNING_RATE,
+        "optim.warmup_steps": 0,
         "max_steps": steps,
         "checkpoint.every_n_steps": steps,
         "parallel.tensor_model_parallel_size": 1,
         "parallel.pipeline_model_parallel_size": 1,
         "parallel.gpus_per_node": 1,
     }
-    _run("-m", "nemo_tsdkd", "train", "--config-name", "demo", *(f"{key}={value}" for key, value in fields.items()))
+    run_python(
+        "-m", "nemo_tsdkd", "train", "--config-name", "demo", *(f"{key}={value}" for key, value in fields.items())
+    )
     rows = []
     for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
         step = json.loads(line)
@@ -167,13 +169,6 @@ def chats(folder: Path):
     return Dataset.from_dict({"messages": messages})
 
 
-def _run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-W", "ignore", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-    return done.stdout
-
-
 def summary(rows: list[dict[str, float]]) -> dict[str, float]:
     """Median seconds of each part, their sum, and median response tokens."""
     medians = {key: statistics.median(row[key] for row in rows[WARM_UP:]) for key in rows[0]}
@@ -199,7 +194,7 @@ def main() -> None:
         prepare(folder, args.steps)
         results[f"ours, micro-batches of {MICRO_BATCH}"] = summary(ours(folder, args.steps))
         for size in (MICRO_BATCH, BATCH):
-            out = _run(__file__, "--trl", name, str(size), "--steps", str(args.steps))
+            out = run_python(__file__, "--trl", name, str(size), "--steps", str(args.steps))
             results[f"TRL, micro-batches of {size}"] = summary(json.loads(out.splitlines()[-1]))
     print(f"{BATCH} prompts a step, {args.threads} threads; seconds, medians of {args.steps - WARM_UP} steps")
     print(f"{'':28}" + "".join(f"{column:>10}" for column in (*PARTS, "step", "tokens")))

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "run_dir": folder / "train",
         "student.path": models["student"],
         "teacher.path": models["teacher"],
-        "data.path": _write_prompts(folder / "prompts.jsonl"),
+        "data.path": write_prompts(folder / "prompts.jsonl", PROMPTS),
     }
     overrides = [*(f"{key}={path}" for key, path in paths.items()), *args.overrides]
     config = compose_config("demo", overrides)
@@ -83,10 +83,10 @@ def _phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
     print(f"demo: {name} took {seconds[name]:.0f} s", flush=True)
 
 
-def _write_prompts(path: Path) -> Path:
-    """The distillation's data. The responses serve off-policy steps only, where rollout.lmbda is below 1."""
+def write_prompts(path: Path, count: int) -> Path:
+    """`count` rows of the distillation's data. Responses serve off-policy steps, where rollout.lmbda is below 1."""
     with path.open("w", encoding="utf-8") as file:
-        for problem in training_problems(PROMPTS, DISTIL_SEED):
+        for problem in training_problems(count, DISTIL_SEED):
             file.write(json.dumps({"prompt": problem["question"], "response": written_steps(problem)}) + "\n")
     return path
 
