@@ -6,7 +6,6 @@ source's context (config, tokenizer), and each rank's random state. Its manifest
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 import shutil
@@ -21,11 +20,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_tsdkd.config import CheckpointConfig
 from nemo_tsdkd.integrity import describe, newest_whole, remove, retain, seal, step_folder
 
-_FULL = 1 << 20  # bytes: with less a disk is full
+_PROBE = 1 << 20  # bytes
 
 
 def save(trainer: pl.Trainer, run_dir: Path, source: Path, config: CheckpointConfig, *, wait: bool) -> None:
@@ -36,22 +36,18 @@ def save(trainer: pl.Trainer, run_dir: Path, source: Path, config: CheckpointCon
     Args:
         source: the imported student the run began with, whose context (config, tokenizer) every checkpoint repeats.
         wait: return when the checkpoint is whole, even with `async_save`.
-
-    Raises:
-        OSError: the disk is full. The checkpoint does not count, those before it are as they were.
     """
     io, folder = trainer.strategy.checkpoint_io, step_folder(run_dir, trainer.global_step)
     if config.async_save:
         io.maybe_finalize_save_checkpoint(blocking=True)  # one in the making at a time
     declare = partial(_declare, run_dir, trainer.global_step, config)
-    with _full_disk_named(folder):
-        if dist.get_rank() == 0:
-            remove(folder)  # what a killed save of this step left
-            shutil.copytree(source / "context", folder / "context")
-            (folder / "random").mkdir()
-        dist.barrier()
-        torch.save(random_state(), _random_file(folder))
-        trainer.save_checkpoint(folder, storage_options={"finalize_fn": declare} if config.async_save else None)
+    if dist.get_rank() == 0:
+        remove(folder)  # what a killed save of this step left
+        shutil.copytree(source / "context", folder / "context")
+        (folder / "random").mkdir()
+    dist.barrier()
+    torch.save(random_state(), _random_file(folder))
+    trainer.save_checkpoint(folder, storage_options={"finalize_fn": declare} if config.async_save else None)
     if not config.async_save:
         declare()
     elif wait:
@@ -59,14 +55,26 @@ def save(trainer: pl.Trainer, run_dir: Path, source: Path, config: CheckpointCon
 
 
 @contextmanager
-def _full_disk_named(folder: Path) -> Iterator[None]:
-    """Megatron's writers report a full disk in several ways, none of which names it."""
+def full_disk_named(run_dir: Path) -> Iterator[None]:
+    """Say so where the run's disk is full or over its quota: Megatron's writers report that in several ways, some
+    without a word of it.
+
+    What was being saved then does not count, and the checkpoints before it are as they were.
+
+    Raises:
+        OSError: what the disk answers, in place of the error it led to.
+    """
     try:
         yield
-    except Exception as error:
-        if shutil.disk_usage(folder.parent).free >= _FULL:
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+    except (Exception, CheckpointException) as error:  # torch derives the second from BaseException
+        probe = run_dir / f".probe_{dist.get_rank()}"
+        try:
+            probe.write_bytes(bytes(_PROBE))
+        except OSError as full:
+            raise OSError(full.errno, full.strerror, str(run_dir)) from error
+        finally:
+            probe.unlink(missing_ok=True)
+        raise
 
 
 def _declare(run_dir: Path, step: int, config: CheckpointConfig) -> None:

@@ -22,7 +22,7 @@ from nemo_tsdkd.config import TrainConfig
 from nemo_tsdkd.data import PromptDataset, check_same_tokenizer, eos_token_ids, load_tokenizer
 from nemo_tsdkd.megatron.callbacks import Report, SaveAndStop
 from nemo_tsdkd.megatron.datamodule import SampleModule
-from nemo_tsdkd.megatron.saving import checkpoint_to_resume
+from nemo_tsdkd.megatron.saving import checkpoint_to_resume, full_disk_named
 from nemo_tsdkd.megatron.strategy import TSDKDStrategy
 from nemo_tsdkd.metrics import save_provenance
 from nemo_tsdkd.model import Checkpoints, TSDKDModel, Vocabulary
@@ -38,6 +38,7 @@ def train(config: TrainConfig) -> None:
     Raises:
         ValueError: a configuration, checkpoint or data set that cannot be trained, before any model is built.
         FloatingPointError: a loss or gradient that is not finite, on every rank.
+        OSError: the run's disk is full.
     """
     check_setup(config)
     check_engine(config)
@@ -50,7 +51,8 @@ def train(config: TrainConfig) -> None:
             Report(run_dir, config.progress_bar),
             SaveAndStop(run_dir, model.checkpoints.student, config.checkpoint, config.rollout.reuse),
         ]
-        build_trainer(config, callbacks).fit(model, datamodule=data, ckpt_path=checkpoint_to_resume(run_dir))
+        with full_disk_named(run_dir):
+            build_trainer(config, callbacks).fit(model, datamodule=data, ckpt_path=checkpoint_to_resume(run_dir))
 
 
 @contextmanager

@@ -102,12 +102,16 @@ def small_disk(folder: Path, size: int):
         subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_ends_the_run_with_its_reason_and_spares_the_older_checkpoint(configure, uninterrupted, tmp_path):
+@pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
+def test_a_full_disk_ends_the_run_with_its_reason_and_spares_the_older_checkpoint(
+    async_save, configure, uninterrupted, tmp_path
+):
     probe = configure(tmp_path / "probe")
     assert train(probe, kill_when=steps_done(probe, 5)) is None
     size = sum(p.stat().st_size for p in (tmp_path / "probe").rglob("*") if p.is_file())
     with small_disk(tmp_path / "run", size + (1 << 18)):
         config = configure(tmp_path / "run")
+        config.checkpoint.async_save = async_save
         with pytest.raises(AssertionError, match="No space left on device"):
             train(config)
         assert newest_whole(tmp_path / "run") == step_folder(tmp_path / "run", 4)
