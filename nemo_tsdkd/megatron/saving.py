@@ -6,7 +6,6 @@ source's context (config, tokenizer), and each rank's random state. Its manifest
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from collections.abc import Iterator
