@@ -7,6 +7,7 @@ Gradients come from autograd.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from itertools import pairwise
 
 import torch
@@ -54,7 +55,7 @@ def opener_length(h: list[float], c: float) -> int:
 
 
 def uncertain_positions(h: list[float], fraction: float) -> list[int]:
-    return sorted(range(len(h)), key=lambda i: (-h[i], i))[: math.ceil(fraction * len(h))]
+    return sorted(range(len(h)), key=lambda i: (-h[i], i))[: math.ceil(Fraction(str(fraction)) * len(h))]
 
 
 def sequence_terms(z: Tensor, t: Tensor, config) -> dict[str, Tensor]:
@@ -88,7 +89,9 @@ def reference_loss(z: Tensor, t: Tensor, mask: Tensor, config) -> Tensor:
     gate = torch.sigmoid(h_s.detach() - h_t)
     direct = (gate * jsd(log_s, log_t, config.beta))[mask].sum() / mask.sum()
     h = h_s.detach()[mask]
-    chosen = h_s.detach() >= torch.quantile(h, config.threshold)
+    # As if every row's prompt had been cut off, and the batch were as long as its longest response.
+    column = torch.arange(mask.shape[1]) - mask.int().argmax(1)[:, None]
+    chosen = (h_s.detach() >= torch.quantile(h, config.threshold)) & (column >= 0) & (column <= column[mask].max())
     d = int(((h / h.sum()).cumsum(0) >= config.threshold).nonzero()[0])
     losses = []
     for b, s in mask[:, :d].nonzero().tolist():

@@ -209,11 +209,12 @@ def _log_probabilities_(logits: list[Tensor], softmax: SoftmaxSums, rows: slice)
 
 
 class Objective(torch.autograd.Function):
-    """(loss_sum, metrics, num_sequences) of a head's differentiable tensors."""
+    """(loss_sum, metrics, num_sequences) of a head's tensors."""
 
     @staticmethod
     def forward(ctx, call: Call, head: Head, *tensors: Tensor):
         saved, metrics, num_sequences = evaluate(head.bind(*tensors), call)
+        # The teacher's too: autograd frees what it saved with the backward, and finds what was changed before it.
         ctx.save_for_backward(*tensors)
         ctx.head, ctx.state, ctx.config = head.bind(*(t.new_empty(0) for t in tensors)), saved, call.config
         direct, indirect, entropy = metrics[:3]
@@ -226,4 +227,5 @@ class Objective(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, loss_grad: Tensor, *_):
         head = ctx.head.bind(*ctx.saved_tensors)
-        return None, None, *head.backward(gradient(head, ctx.state, ctx.config, loss_grad))
+        grads = head.backward(gradient(head, ctx.state, ctx.config, loss_grad))
+        return None, None, *grads, *[None] * (len(head.tensors) - len(grads))

@@ -17,6 +17,7 @@ from nemo_tsdkd.vocab_parallel import Overlap
 
 Tile = tuple[slice, slice, Tensor]  # tokens, columns, values [tokens, columns]
 LogitsTile = tuple[slice, slice, Tensor, Tensor]  # the same with student's and teacher's logits
+_WIDE = 64  # columns of a tile come in multiples of it: a Hopper GEMM's rows begin at multiples of 16 bytes
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,11 +58,12 @@ class LogitsHead:
         return self.student.shape[-1]
 
     @property
-    def differentiable(self) -> tuple[Tensor, ...]:
-        return (self.student,)
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the backward needs again, the differentiable ones first."""
+        return self.student, self.teacher, self.left, self.right
 
-    def bind(self, student: Tensor) -> LogitsHead:
-        return replace(self, student=student)
+    def bind(self, student: Tensor, teacher: Tensor, left: Tensor, right: Tensor) -> LogitsHead:
+        return replace(self, student=student, teacher=teacher, left=left, right=right)
 
     def take(self, index: Tensor) -> LogitsHead:
         """The same head for some of its tokens."""
@@ -121,11 +123,13 @@ class FusedHead:
         return len(self.student_weight)
 
     @property
-    def differentiable(self) -> tuple[Tensor, ...]:
-        return self.student, self.student_weight
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.student, self.student_weight, self.teacher, *self.teacher_weight
 
-    def bind(self, student: Tensor, student_weight: Tensor) -> FusedHead:
-        return replace(self, student=student, student_weight=student_weight)
+    def bind(self, student: Tensor, student_weight: Tensor, teacher: Tensor, *teacher_weight: Tensor) -> FusedHead:
+        return replace(
+            self, student=student, student_weight=student_weight, teacher=teacher, teacher_weight=teacher_weight
+        )
 
     def take(self, index: Tensor) -> FusedHead:
         return replace(self, student=self.student[index], teacher=self.teacher[index])
@@ -139,7 +143,10 @@ class FusedHead:
             yield everyone, columns, student, teacher
 
     def _columns(self) -> Iterator[slice]:
-        return _spans(self.overlap.width, max(1, self.tile_logits // self.num_tokens)) if self.num_tokens else iter(())
+        if not self.num_tokens:
+            return iter(())
+        width = max(1, self.tile_logits // self.num_tokens)
+        return _spans(self.overlap.width, width if width < _WIDE else width - width % _WIDE)
 
     def _teacher_rows(self, columns: slice) -> Tensor:
         parts, offset = [], 0

@@ -175,7 +175,7 @@ def _call(config: ObjectiveConfig, mask: Tensor, cu_seqlens: Tensor | None, tp_g
 
 
 def _run(call: Call, head: Head) -> ObjectiveOutput:
-    loss_sum, values, num_sequences = Objective.apply(call, head, *head.differentiable)
+    loss_sum, values, num_sequences = Objective.apply(call, head, *head.tensors)
     metrics = dict(zip(METRICS, values.unbind(), strict=True))
     share = num_sequences.clamp(min=1)
     terms = {name: metrics[name] / share for name in ("direct", "indirect", "entropy")}

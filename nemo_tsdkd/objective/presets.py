@@ -68,17 +68,22 @@ def _per_sequence(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
 def _reference(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
     """The public trainer's arithmetic (docs/math.md): one mean over the call's tokens, one opener column for all rows.
 
-    Here `tokens` are all positions of the call, since the public entropy term trains the padding too. Its means do
-    depend on how a batch is cut into calls; times the number of sequences they add up like the paper's.
+    Here `tokens` are all positions of the call, since the public entropy term trains the padding too: every row from
+    its first response position to the length of the longest response. Its means do depend on how a batch is cut into
+    calls; times the number of sequences they add up like the paper's.
     """
     response, entropy = tokens.response, tokens.student_entropy
     h = entropy[response]
     running = (h.double() * 2.0**32).round().long().cumsum(0)
-    column = (running < config.threshold * running[-1:].double()).sum()
+    opener_columns = (running < config.threshold * running[-1:].double()).sum()
     # The public trainer cuts its prompts off first: its column 0 is the row's first response position.
     begins = response & (tokens.before(response.long()) == 0)
-    opener = response & (tokens.position - tokens.total(torch.where(begins, tokens.position, 0)) < column)
-    uncertain = entropy >= torch.quantile(h, config.threshold) if len(h) else response
+    column = tokens.position - tokens.total(torch.where(begins, tokens.position, 0))
+    opener = response & (column < opener_columns)
+    uncertain = response
+    if len(h):
+        inside = (column >= 0) & (column <= column[response].max())
+        uncertain = inside & (entropy >= torch.quantile(h, config.threshold))
     gate = torch.sigmoid((entropy - tokens.teacher_entropy) / config.gate_temperature) * response
 
     def mean(chosen: Tensor, value: Tensor) -> Tensor:

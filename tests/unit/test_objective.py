@@ -166,6 +166,24 @@ def test_overwriting_the_logits_gives_the_same_gradient_once():
         out.loss_sum.backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_teacher_logits_changed_before_the_backward_are_an_error_not_a_wrong_gradient(dtype):
+    x = Case().tensors(dtype)
+    loss = tsdkd_loss(x["student"].requires_grad_(), x["teacher"], x["mask"], ObjectiveConfig()).loss
+    x["teacher"].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_backward_lets_go_of_both_models_tensors():
+    """Megatron keeps a micro-batch's loss until the next one's is there."""
+    x = Case().tensors(torch.float32)
+    loss = tsdkd_loss(x["student"].requires_grad_(), x["teacher"], x["mask"], ObjectiveConfig()).loss
+    loss.backward()
+    with pytest.raises(RuntimeError, match="already been freed"):
+        _ = loss.grad_fn.next_functions[0][0].saved_tensors
+
+
 def test_a_transposed_batch_first_view_is_accepted():
     case = Case()
     _, grad, _ = logits_call(case, torch.float64)

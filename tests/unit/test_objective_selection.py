@@ -35,6 +35,7 @@ def test_the_uncertain_tokens_are_the_largest_of_each_sequence_and_ties_go_to_th
     assert choose("top_fraction", [1.0, 3.0, 3.0, 3.0, 2.0], [0.5], entropy_fraction=0.25) == [0, 1, 1, 0, 0, 1]
     assert choose("top_fraction", [1.0, 2.0], entropy_fraction=0.0) == [0, 0]
     assert choose("top_fraction", [1.0, 2.0], entropy_fraction=1.0) == [1, 1]
+    assert sum(choose("top_fraction", [1.0] * 100, entropy_fraction=0.07)) == 7  # 0.07 * 100 > 7 in floats
 
 
 def test_the_gate_rises_with_the_students_doubt():
@@ -61,13 +62,14 @@ def test_the_reference_preset_counts_columns_from_where_a_response_begins():
     g = torch.Generator().manual_seed(0)
     student, teacher = (3 * torch.randn(8, 2, 11, generator=g, dtype=torch.float64) for _ in range(2))
     config = ObjectiveConfig(preset="reference", threshold=0.5, top_k=4)
-    alone = tsdkd_loss(student, teacher, torch.ones(8, 2, dtype=torch.bool), config)
+    lengths = torch.tensor([5, 8])  # the shorter response's padding is trained, as there
+    alone = tsdkd_loss(student, teacher, torch.arange(8)[:, None] < lengths, config)
     prompts, rows = (3, 6), {}
     for name, logits in (("student", student), ("teacher", teacher)):
         rows[name] = torch.randn(14, 2, 11, generator=g, dtype=torch.float64)
         for b, start in enumerate(prompts):
             rows[name][start : start + 8, b] = logits[:, b]
     place = torch.arange(14)[:, None] - torch.tensor(prompts)
-    whole = tsdkd_loss(rows["student"], rows["teacher"], (place >= 0) & (place < 8), config)
-    for term in ("direct", "indirect"):
+    whole = tsdkd_loss(rows["student"], rows["teacher"], (place >= 0) & (place < lengths), config)
+    for term in ("direct", "indirect", "entropy"):
         torch.testing.assert_close(getattr(whole, term), getattr(alone, term), rtol=1e-12, atol=0)
