@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,9 +20,9 @@ from nemo.lightning import io
 
 from nemo_tsdkd.folders import HF_ASSETS, content_key, is_hf_folder, is_nemo_checkpoint, require_importable
 from nemo_tsdkd.megatron.hf import config_from_hf
+from nemo_tsdkd.patience import patient_group
 
 _PREFIX = "module."  # NeMo's checkpoints hold the model under this name, beside optimizer state
-_IMPORT_TIMEOUT = timedelta(hours=6)
 _LAUNCH_VARIABLES = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "SLURM_")
 
 
@@ -123,7 +122,7 @@ def _on_rank_zero(work: Callable[[], str]) -> str:
     """Run `work` on rank 0 and return its result, or raise its error, on every rank."""
     if not dist.is_initialized():
         return work()
-    group = dist.new_group(backend="gloo", timeout=_IMPORT_TIMEOUT)  # the default group's timeout is for training
+    group = patient_group()
     outcome: list = [None, None]
     if dist.get_rank() == 0:
         try:

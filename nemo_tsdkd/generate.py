@@ -27,9 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=("student", "teacher"), required=True, help="who writes")
     parser.add_argument("--output", type=Path, required=True, help="folder of shards; an unfinished one is continued")
     parser.add_argument("--format", choices=FORMATS, default="jsonl")
-    parser.add_argument("--shard-size", type=int, default=1024, help="prompts in one file")
+    parser.add_argument("--shard-size", type=int, help="prompts in one file; default: up to 1024, work for every copy")
     args = parser.parse_intermixed_args(argv)
-    if args.shard_size < 1:
+    if args.shard_size is not None and args.shard_size < 1:
         raise ValueError(f"--shard-size = {args.shard_size}: must be at least 1. Give a positive number.")
     config = config_from(args)
     check_setup(config)

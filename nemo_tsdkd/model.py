@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from nemo.collections import llm
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 import nemo_tsdkd.megatron  # noqa: F401  first: the CPU stand-in, where there is no GPU
 from nemo_tsdkd.batch import MicroBatch, make_micro_batches
@@ -30,8 +31,9 @@ from nemo_tsdkd.megatron.gpt import (
     vocab_parallel_logits,
 )
 from nemo_tsdkd.objective import ObjectiveOutput, tsdkd_loss, tsdkd_loss_from_hidden
+from nemo_tsdkd.patience import patient_group
 from nemo_tsdkd.precision import pad_to_multiple
-from nemo_tsdkd.rollout import Response
+from nemo_tsdkd.rollout import Response, interleave
 from nemo_tsdkd.sampling import on_policy
 from nemo_tsdkd.teacher import Teacher
 
@@ -88,6 +90,7 @@ class TSDKDModel(llm.GPTModel):
         self.checkpoints = checkpoints
         self.vocabulary = vocabulary
         self._responses: list[Response] = []
+        self._writers: ProcessGroup | None = None
         self._loss_reduction = TSDKDLoss(self.loss)
 
     def configure_model(self, vp_stage: int | None = None) -> None:
@@ -98,6 +101,7 @@ class TSDKDModel(llm.GPTModel):
         if not self.trainer.ckpt_path:  # a resumed student comes from the run's own checkpoint
             load_weights(self.module, self.checkpoints.student)
         self.teacher = Teacher(self.checkpoints.teacher_config, self.checkpoints.teacher, self.run.teacher)
+        self._writers = patient_group()
         rows = self.run.global_batch_size // self.run.data_parallel_size
         logger.info(
             "teacher: a step keeps at most %.1f MiB of hidden states on the %s of each last-stage rank.",
@@ -114,22 +118,34 @@ class TSDKDModel(llm.GPTModel):
         rollout = self.run.rollout
         first = step - step % rollout.reuse
         if not on_policy(self.run.seed, first, rollout.lmbda):
-            return [Response(sample.response_ids, truncated=False) for sample in samples]
+            eos_ids = set(self.vocabulary.eos_ids)
+            return [Response(s.response_ids, truncated=not eos_ids & set(s.response_ids[-1:])) for s in samples]
         if step == first:
-            self._responses = generate(
-                unwrap(self.module),
-                [sample.prompt_ids for sample in samples],
-                config=rollout,
-                sample_ids=[sample.index for sample in samples],
-                seed=self.run.seed,
-                step=first,
-                eos_ids=set(self.vocabulary.eos_ids),
-                vocab_size=self.vocabulary.size,
-                max_length=self.run.data.seq_length,
-                tp_group=parallel_state.get_tensor_model_parallel_group(),
-                pp_group=parallel_state.get_pipeline_model_parallel_group(),
-            )
+            self._responses = self._write(samples, first)
         return self._responses
+
+    def _write(self, samples: Sequence[Sample], step: int) -> list[Response]:
+        """The student answers. Context-parallel ranks share the samples out and then hold all the answers: each
+        decoding all of them would be the same work done twice, and a near-tie could part them."""
+        cp_group = parallel_state.get_context_parallel_group()
+        mine = samples[cp_group.rank() :: cp_group.size()]
+        written = generate(
+            unwrap(self.module),
+            [sample.prompt_ids for sample in mine],
+            config=self.run.rollout,
+            sample_ids=[sample.index for sample in mine],
+            seed=self.run.seed,
+            step=step,
+            eos_ids=set(self.vocabulary.eos_ids),
+            vocab_size=self.vocabulary.size,
+            max_length=self.run.data.seq_length,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        dist.barrier(self._writers)  # the longest responses may take another rank far beyond NCCL's timeout
+        parts: list[Any] = [None] * cp_group.size()
+        dist.all_gather_object(parts, written, group=cp_group)
+        return interleave(parts)
 
     # Act two: the teacher reads.
     def read(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[DistillationBatch]:

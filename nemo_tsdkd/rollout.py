@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 REFILL_SHARE = 8  # prefill when 1/8 of the rows is free: one pass for several prompts
 PREFILL_TOKENS = 16384  # most tokens, padding included, of one prefill pass: bounds its activations
@@ -32,6 +33,14 @@ class Pass:
     token_ids: list[list[int]]  # [n] a whole prompt each, or one token each
     positions: list[int]  # [n] of the last token fed
     prefill: bool
+
+
+def interleave(parts: Sequence[Sequence[Response]]) -> list[Response]:
+    """What was dealt out as `everything[i :: n]` to part `i`, in order again."""
+    everything: list[Any] = [None] * sum(map(len, parts))
+    for i, part in enumerate(parts):
+        everything[i :: len(parts)] = part
+    return everything
 
 
 class Schedule:

@@ -17,42 +17,53 @@ from nemo_tsdkd.integrity import sync
 
 FORMATS = ("jsonl", "parquet")
 _SETTINGS = "settings.json"
+_ROLLOUT = ("max_new_tokens", "temperature", "top_k", "top_p")  # what a response depends on
+_LARGEST = 1024  # prompts a file, where the user does not say
 
 
 class Shards:
     """A folder `responses-00000.jsonl`, ... with `size` prompts a file, in the order of the data set.
 
+    Without a `size` an opened folder keeps its own, and a new one's files leave no copy of the model without work.
+
     A record holds `index, prompt, response, response_ids, truncated`. The token ids are what was sampled; the text,
     tokenized anew, may be cut in other places.
     """
 
-    def __init__(self, folder: Path, format: str, size: int) -> None:
+    def __init__(self, folder: Path, format: str, size: int | None = None) -> None:
         self.folder, self.format, self.size = folder, format, size
 
-    def claim(self, config: TrainConfig, model: str) -> None:
+    def claim(self, config: TrainConfig, model: str, rows: int, copies: int) -> None:
         """Open the folder for these settings, or check that it was opened for them. Call it on one rank.
+
+        Args:
+            rows: prompts in the data set.
+            copies: of the model, each of which writes one file at a time.
 
         Raises:
             ValueError: the folder holds responses written with other settings.
         """
+        path = self.folder / _SETTINGS
+        written = read_json(path) if path.exists() else {}
+        if self.size is None:
+            self.size = written["shards"]["size"] if written else _even_size(rows, copies)
+        rollout = asdict(config.rollout)
         settings = {
             "model": {"which": model, "path": getattr(config, model).path},
             "data": asdict(config.data),
-            "rollout": asdict(config.rollout),
+            "rollout": {name: rollout[name] for name in _ROLLOUT},
             "seed": config.seed,
             "shards": {"format": self.format, "size": self.size},
         }
-        path = self.folder / _SETTINGS
-        if path.exists():
-            for name, value in read_json(path).items():
-                if settings[name] != value:
-                    raise ValueError(
-                        f"--output = {self.folder}: was written with {name} = {value}, not {settings[name]}. "
-                        "Choose another folder, or the same settings to continue."
-                    )
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._appear(path, json.dumps(settings, indent=1).encode())
+        for name, value in written.items():
+            if settings[name] != value:
+                raise ValueError(
+                    f"--output = {self.folder}: was written with {name} = {value}, not {settings[name]}. "
+                    "Choose another folder, or the same settings to continue."
+                )
+        if not written:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._appear(path, json.dumps(settings, indent=1).encode())
 
     def missing(self, rows: int) -> list[int]:
         """Numbers of the shards of `rows` prompts that are not there yet."""
@@ -79,3 +90,9 @@ class Shards:
         sync(partial)
         partial.rename(path)
         sync(self.folder)
+
+
+def _even_size(rows: int, copies: int) -> int:
+    """At most _LARGEST, and as many files for every copy."""
+    files = copies * -(-rows // (copies * _LARGEST))
+    return -(-rows // files)

@@ -87,7 +87,7 @@ class SaveAndStop(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, model: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         last = step == trainer.max_steps
-        if step % self.reuse and not last:
+        if step % self.reuse:
             return  # a set of rollouts is not part of a checkpoint: save where the next step would write a new one
         minutes = (time.monotonic() - self._saved_at) / 60
         stop, due = _on_any_rank(self._asked_to_stop, minutes >= self.config.every_minutes)

@@ -22,8 +22,13 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nemo_tsdkd.rollout import Pass
+
+# Not cuDNN, torch's first choice on an H100: it makes a plan for each new shape, and every pass of decoding has one.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_MASK_MULTIPLE = 16  # a mask of another length is copied to such a one by every layer's memory-efficient attention
 
 
 def check_model(model: GPTModel) -> None:
@@ -49,6 +54,7 @@ class KVCache:
     """Rotated keys and values of every layer of this stage, and where the running pass reads and writes them."""
 
     def __init__(self, model: GPTModel, rows: int, length: int) -> None:
+        length = _round_up(length)
         self.shape = (rows, length)
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer number: two of [rows, groups, length, D]
         parameter = next(model.parameters())
@@ -68,9 +74,11 @@ class KVCache:
             positions = torch.tensor(batch.positions, device=self.device)
             self.cos, self.sin = self.rotations[:, positions].transpose(1, 2).unsqueeze(3)  # [1, n, 1, D]
             self.target = (torch.arange(n, device=self.device), slice(None), positions)
-            self.used = (slice(n), slice(None), slice(max(batch.positions) + 1))
-            slots = torch.arange(max(batch.positions) + 1, device=self.device)
-            self.mask = (slots <= positions[:, None])[:, None, None]  # [n, 1, 1, used]
+            used = _round_up(max(batch.positions) + 1)
+            self.used = (slice(n), slice(None), slice(used))
+            unwritten = torch.arange(used, device=self.device) > positions[:, None]
+            mask = self.rotations.new_zeros(n, used).masked_fill_(unwritten, -torch.inf)
+            self.mask = mask[:, None, None]  # [n, 1, 1, used], added to the scores
 
     def copy_row(self, source: int, target: int) -> None:
         for keys, values in self.layers.values():
@@ -109,6 +117,10 @@ class KVCache:
     def _rotate(self, x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
         return x * self.cos + torch.cat((-second, first), dim=-1) * self.sin
+
+
+def _round_up(length: int) -> int:
+    return -(-length // _MASK_MULTIPLE) * _MASK_MULTIPLE
 
 
 # The forward functions below stand in for Megatron's while decoding: the same products and sums, without autograd
@@ -187,7 +199,8 @@ def decoding(model: GPTModel, cache: KVCache) -> Iterator[None]:
             setattr(owner, name, _SETTINGS[name])
         for module, forward in forwards.items():
             module.forward = forward
-        yield
+        with sdpa_kernel(_ATTENTION):
+            yield
     finally:
         for module in forwards:
             module.__dict__.pop("forward", None)

@@ -62,11 +62,13 @@ def generate(
     with decoding(model, cache):
         while not schedule.finished:
             batch = schedule.next_pass()
+            # Before the forward pass is launched: the indices' way to the device would wait for its end.
+            noise = keys[batch.sequences, [len(schedule.written[i]) for i in batch.sequences]]
             logits = _forward(model, cache, batch, pp_group)
             if logits is not None:
                 tokens = sample(
                     logits,
-                    keys[batch.sequences, [len(schedule.written[i]) for i in batch.sequences]],
+                    noise,
                     temperature=config.temperature,
                     top_k=config.top_k,
                     top_p=config.top_p,

@@ -28,8 +28,7 @@ from nemo_tsdkd.metrics import save_provenance
 from nemo_tsdkd.model import Checkpoints, TSDKDModel, Vocabulary
 from nemo_tsdkd.precision import check_engine, model_settings, plugin_settings
 
-# Data-parallel ranks write responses of different lengths and wait for the slowest at the loss.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # as Megatron's own groups have; longer waits: `patience.py`
 
 
 def train(config: TrainConfig) -> None:

@@ -20,6 +20,7 @@ from nemo_tsdkd.config import ParallelConfig, TrainConfig
 from nemo_tsdkd.data import PromptDataset, eos_token_ids, load_tokenizer, response_text
 from nemo_tsdkd.megatron.generation import generate
 from nemo_tsdkd.megatron.train import process_group
+from nemo_tsdkd.patience import patient_group
 from nemo_tsdkd.rollout import Response
 from nemo_tsdkd.shards import Shards
 
@@ -50,10 +51,13 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
     or on interruptions (`generation.generate`).
     """
     path = getattr(config, which).path
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     tokenizer = load_tokenizer(path)
     prompts = PromptDataset.load(config.data, tokenizer)
     with process_group():
-        missing = _agree_on_missing(shards, config, which, len(prompts))
+        everyone = patient_group()
+        copies = dist.get_world_size() // (tp * pp)
+        missing = _agree_on_missing(shards, config, which, len(prompts), copies)
         model = load_for_decoding(resolve(path, Path(config.run_dir) / "imported"), config.parallel)
         tp_group = parallel_state.get_tensor_model_parallel_group()
         pp_group = parallel_state.get_pipeline_model_parallel_group()
@@ -69,8 +73,7 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
             tp_group=tp_group,
             pp_group=pp_group,
         )
-        copy, copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        for shard in missing[copy::copies]:
+        for shard in missing[parallel_state.get_data_parallel_rank() :: copies]:
             start = time.perf_counter()
             rows = shards.rows_of(shard, len(prompts))
             responses = answer([prompts[i].prompt_ids for i in rows], sample_ids=list(rows))
@@ -79,6 +82,7 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
                 shards.write(shard, _records(prompts, tokenizer, rows, responses))
                 seconds = time.perf_counter() - start
                 logger.info("shard %d: %d responses, %.0f tokens/s", shard, len(responses), tokens / seconds)
+        dist.barrier(everyone)  # a copy that has no file left may wait hours for the others
 
 
 def _records(
@@ -96,16 +100,17 @@ def _records(
     ]
 
 
-def _agree_on_missing(shards: Shards, config: TrainConfig, which: str, rows: int) -> list[int]:
-    """The missing shards as rank 0 sees them: on a network file system the others may see them later."""
+def _agree_on_missing(shards: Shards, config: TrainConfig, which: str, rows: int, copies: int) -> list[int]:
+    """The shards' size and the missing ones as rank 0 sees them: on a network file system others may see them later."""
     outcome: list = [None, None]
     if dist.get_rank() == 0:
         try:
-            shards.claim(config, which)
-            outcome[0] = shards.missing(rows)
+            shards.claim(config, which, rows, copies)
+            outcome[0] = shards.size, shards.missing(rows)
         except ValueError as error:
             outcome[1] = str(error)
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise ValueError(outcome[1])
-    return outcome[0]
+    shards.size, missing = outcome[0]
+    return missing

@@ -20,7 +20,7 @@ def config(**changes):
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_is_missing_and_where_each_row_goes(tmp_path, format):
     shards = Shards(tmp_path / "out", format, 4)
-    shards.claim(config(), "teacher")
+    shards.claim(config(), "teacher", 10, 2)
     assert shards.missing(10) == [0, 1, 2]
     assert [list(shards.rows_of(i, 10)) for i in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     shards.write(1, [{"index": 4, "response_ids": [1, 2], "truncated": False}])
@@ -40,17 +40,37 @@ def test_a_write_that_fails_leaves_no_shard(tmp_path, monkeypatch):
     assert shards.missing(4) == [0]
 
 
+@pytest.mark.parametrize(
+    ("rows", "copies", "size"), [(1000, 8, 125), (9 * 1024, 8, 576), (300_000, 4, 1014), (3, 8, 1), (700, 1, 700)]
+)
+def test_every_copy_of_the_model_has_as_many_files_and_none_is_large(tmp_path, rows, copies, size):
+    shards = Shards(tmp_path, "jsonl")
+    shards.claim(config(), "teacher", rows, copies)
+    assert shards.size == size
+    goes_on = Shards(tmp_path, "jsonl")
+    goes_on.claim(config(), "teacher", rows, copies + 1)
+    assert goes_on.size == size
+
+
+@pytest.mark.parametrize("field", ["batch_size", "lmbda", "reuse"])
+def test_what_no_response_depends_on_may_change(tmp_path, field):
+    Shards(tmp_path, "jsonl").claim(config(), "teacher", 10, 1)
+    changed = config()
+    setattr(changed.rollout, field, 0)
+    Shards(tmp_path, "jsonl").claim(changed, "teacher", 10, 1)
+
+
 @pytest.mark.parametrize("changes", [{"seed": 2}, {"teacher": "u"}, {"temperature": 0.5}])
 def test_a_folder_keeps_its_settings(tmp_path, changes):
     shards = Shards(tmp_path, "jsonl", 4)
-    shards.claim(config(), "teacher")
-    shards.claim(config(), "teacher")
+    shards.claim(config(), "teacher", 10, 2)
+    shards.claim(config(), "teacher", 10, 2)
     with pytest.raises(ValueError, match="was written with"):
-        shards.claim(config(**changes), "teacher")
+        shards.claim(config(**changes), "teacher", 10, 2)
     with pytest.raises(ValueError, match="was written with model"):
-        shards.claim(config(), "student")
+        shards.claim(config(), "student", 10, 2)
     with pytest.raises(ValueError, match="was written with shards"):
-        Shards(tmp_path, "jsonl", 5).claim(config(), "teacher")
+        Shards(tmp_path, "jsonl", 5).claim(config(), "teacher", 10, 2)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -73,7 +93,7 @@ def test_the_trainer_reads_the_tokens_that_were_sampled(tmp_path, monkeypatch, f
         for i, (ids, truncated) in enumerate(written)
     ]
     shards = Shards(tmp_path / "out", format, 2)
-    shards.claim(config(), "teacher")
+    shards.claim(config(), "teacher", 10, 2)
     shards.write(0, records[:2])
     shards.write(1, records[2:])
     data = DataConfig(path=str(tmp_path / "out"), seq_length=64)
