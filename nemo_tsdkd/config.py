@@ -72,6 +72,13 @@ class ObjectiveConfig:
         _in("objective.preset", self.preset, PRESETS)
         _in("objective.head", self.head, HEADS)
         _share(self, "objective.", "beta", "threshold", "entropy_fraction")
+        _require(
+            self.beta in (0, 1) or 1e-6 <= self.beta <= 1 - 1e-6,
+            "objective.beta",
+            self.beta,
+            "so near to 0 or 1 fp32 cannot take the mixture's logarithm",
+            f"Use {round(self.beta)}, whose limit is computed exactly.",
+        )
         _not_negative(self, "objective.", "indirect_kd_alpha", "direct_weight", "entropy_weight", "tile_logits")
         _positive(self, "objective.", "top_k", "gate_temperature", "temperature")
         if vocab_size is not None:
@@ -269,13 +276,17 @@ class TrainConfig:
             f"must be fewer than max_steps = {self.max_steps}",
             "Lower it.",
         )
-        _require(
-            self.checkpoint.every_n_steps % self.rollout.reuse == 0,
-            "checkpoint.every_n_steps",
-            self.checkpoint.every_n_steps,
-            f"must be a multiple of rollout.reuse = {self.rollout.reuse}: a checkpoint holds no rollouts",
-            f"Use {-(-self.checkpoint.every_n_steps // self.rollout.reuse) * self.rollout.reuse}.",
-        )
+        for name, steps in (
+            ("checkpoint.every_n_steps", self.checkpoint.every_n_steps),
+            ("max_steps", self.max_steps),
+        ):
+            _require(
+                steps % self.rollout.reuse == 0,
+                name,
+                steps,
+                f"must be a multiple of rollout.reuse = {self.rollout.reuse}: a checkpoint holds no rollouts",
+                f"Use {-(-steps // self.rollout.reuse) * self.rollout.reuse}.",
+            )
         _require(
             self.rollout.lmbda == 0 or self.rollout.max_new_tokens < self.data.seq_length,
             "rollout.max_new_tokens",

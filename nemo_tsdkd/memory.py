@@ -16,6 +16,10 @@ from nemo_tsdkd.folders import HF_ASSETS, is_nemo_checkpoint
 GIB = 2**30
 RESERVE = 6 * GIB  # CUDA context, NCCL and cuBLAS work space, fragmentation
 BYTES_PARAM, BYTES_GRAD, BYTES_OPTIMIZER = 2, 4, 12  # bf16; fp32; fp32 master weight and two Adam moments
+FP8_STUDENT, FP8_TEACHER = (
+    2,
+    1,
+)  # bytes a layer's parameter: Transformer Engine keeps copies, for training transposed too
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,10 @@ class ModelShape:
         """Parameters of the fullest pipeline stage on one tensor-parallel rank (norms and biases counted as split)."""
         table = self.padded_vocab(tp) * self.hidden
         tables = 2 * table if pp == 1 and not self.tied else table  # PP > 1: the embedding or the head, not both
-        return (self.layers // pp * self.layer_params + tables) // tp
+        return self.layer_params_per_gpu(tp, pp) + tables // tp
+
+    def layer_params_per_gpu(self, tp: int, pp: int) -> int:
+        return self.layers // pp * self.layer_params // tp
 
     @classmethod
     def of_folder(cls, folder: str | Path) -> ModelShape:
@@ -92,7 +99,8 @@ class Memory:
 
     student_weights_and_grads: int
     student_optimizer: int
-    teacher_weights: int
+    teacher_weights: int  # without those that `teacher.park` brings back for the teacher's pass alone:
+    parked_weights: int
     activations: int
     loss: int
     teacher_hidden: int
@@ -105,8 +113,14 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Rollout and update do not overlap: the KV cache and the update's tensors share the same room."""
-        return self.resident + max(self.activations + self.loss + self.teacher_hidden, self.kv_cache) + RESERVE
+        """The three acts do not overlap: KV cache, parked weights and the update's tensors share the same room."""
+        update = self.activations + self.loss + self.teacher_hidden
+        return self.resident + max(self.kv_cache, self.parked_weights + self.teacher_hidden, update) + RESERVE
+
+    @property
+    def weights(self) -> int:
+        """Weights, gradients and optimizer: what no smaller batch lowers."""
+        return self.resident + self.parked_weights
 
 
 def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Memory:
@@ -135,16 +149,26 @@ def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Me
     tile = min(tokens * columns, config.objective.tile_logits or TILE_LOGITS["cuda"])
     loss = tile * (2 * 2 + 4 * 4)  # bf16 logits of both models; four fp32 tensors while the loss is taken
     if config.objective.head == "logits":
-        loss += 3 * 2 * tokens * columns  # bf16 logits of both models and the student's gradient, whole
+        loss += 2 * 2 * tokens * columns  # bf16 logits of both models; the gradient takes the student's place
+    else:  # whole rows of both models; the student's gradient in fp32 and a tile's share of it; the weight's gradient
+        loss += tokens * (2 * teacher.hidden + (2 + 4 + 2) * student.hidden) + 2 * columns * student.hidden
     hidden = 2 * tokens * teacher.hidden // (tp if p.sequence_parallel else 1)
     teacher_hidden = hidden * micro_batches if config.teacher.offload == "none" else hidden
 
     longest = config.data.seq_length * config.rollout.batch_size
     kv_cache = 2 * 2 * longest * student.kv_width * (student.layers // pp) // tp if config.rollout.lmbda > 0 else 0
+
+    teacher_weights = teacher.params_per_gpu(tp, pp) * BYTES_PARAM
+    if config.teacher.precision.startswith("fp8"):
+        teacher_weights += teacher.layer_params_per_gpu(tp, pp) * FP8_TEACHER
+    head = teacher.padded_vocab(tp) // tp * teacher.hidden * BYTES_PARAM  # the loss needs it: never parked
+    parked = teacher_weights - head if config.teacher.park else 0
+    fp8_copies = student.layer_params_per_gpu(tp, pp) * FP8_STUDENT if config.precision.name.startswith("fp8") else 0
     return Memory(
-        student_weights_and_grads=params * (BYTES_PARAM + BYTES_GRAD),
+        student_weights_and_grads=params * (BYTES_PARAM + BYTES_GRAD) + fp8_copies,
         student_optimizer=params * BYTES_OPTIMIZER // (config.data_parallel_size * cp),
-        teacher_weights=0 if config.teacher.park else teacher.params_per_gpu(tp, pp) * BYTES_PARAM,
+        teacher_weights=teacher_weights - parked,
+        parked_weights=parked,
         activations=activations,
         loss=loss,
         teacher_hidden=teacher_hidden,

@@ -61,11 +61,11 @@ def check_gpu_memory(config: TrainConfig, shapes: dict[str, ModelShape]) -> None
 
     if len(shapes) < 2 or not torch.cuda.is_available():
         return
-    need, have = per_gpu(config, **shapes).resident, torch.cuda.mem_get_info()[1]
+    need, have = per_gpu(config, **shapes).weights, torch.cuda.mem_get_info()[1]
     if need > have:
         raise ValueError(
             f"weights, gradients and optimizer need {need / GIB:.1f} GiB a GPU, it has {have / GIB:.1f}. "
-            "Raise TP or PP, add nodes, or set teacher.park=true."
+            "Raise TP or PP, or add nodes."
         )
 
 

@@ -119,6 +119,7 @@ class ParkedWeights:
 
     def __init__(self, module: MCoreGPTModel) -> None:
         head = head_weight(module) if module.post_process else None
+        self._module = module
         self._parameters = [p for p in module.parameters() if p is not head]
         self._host = [p.data.to("cpu").pin_memory() for p in self._parameters]
         self.park()
@@ -126,6 +127,8 @@ class ParkedWeights:
     def park(self) -> None:
         for parameter, host in zip(self._parameters, self._host, strict=True):
             parameter.data = host  # frees the device copy
+        for part in self._module.modules():
+            getattr(part, "_fp8_workspaces", {}).clear()  # Transformer Engine's; made anew in the pass's first batch
 
     def restore(self) -> None:
         for parameter, host in zip(self._parameters, self._host, strict=True):

@@ -128,6 +128,8 @@ def test_open_fields_are_named():
         ("objective.head=dense", "objective.head = 'dense': must be one of logits, fused"),
         ("objective.beta=1.01", r"objective.beta = 1.01: must lie in \[0, 1\]"),
         ("objective.beta=.nan", "objective.beta = nan: must lie"),
+        ("objective.beta=1e-8", "objective.beta = 1e-08: so near to 0 .* Use 0"),
+        ("objective.beta=0.99999999", "objective.beta = 0.99999999: so near .* Use 1"),
         ("objective.threshold=-0.1", "objective.threshold = -0.1"),
         ("objective.entropy_fraction=2", "objective.entropy_fraction = 2.0"),
         ("objective.top_k=0", "objective.top_k = 0"),
