@@ -1,7 +1,8 @@
 """Where this process stands among the ranks: read once, before anything initialises torch.distributed.
 
 torchrun's variables are taken as they are. Under `srun` the same variables are derived from Slurm's, so that one
-launch line serves every cluster and no rank needs torchrun. Imports no torch.
+launch line serves every cluster and no rank needs torchrun; pyxis and enroot set some of them for PyTorch's images, and
+those are set anew. Imports no torch.
 """
 
 from __future__ import annotations
@@ -52,14 +53,17 @@ def hosts() -> list[str]:
 def environment() -> Launch:
     """Set RANK, LOCAL_RANK, WORLD_SIZE, GROUP_RANK, MASTER_ADDR and MASTER_PORT; return what they say.
 
-    Order of belief: torchrun's variables, then the Slurm step's, then a world of one. Call it once per process,
+    Order of belief: torchrun's variables (it also sets TORCHELASTIC_RUN_ID), then the Slurm step's, then those of
+    another launcher, then a world of one. MASTER_ADDR and MASTER_PORT stay as they are. Call it once per process,
     before torch.distributed or Lightning is set up.
 
     Raises:
         ValueError: as `hosts`.
     """
     env = os.environ
-    if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:  # SLURM_NTASKS is also set outside srun, where rank 0 waits
+    if (
+        "TORCHELASTIC_RUN_ID" not in env and "SLURM_STEP_NUM_TASKS" in env
+    ):  # SLURM_NTASKS is also set outside srun, where rank 0 waits
         env.update(
             RANK=env["SLURM_PROCID"],
             LOCAL_RANK=env["SLURM_LOCALID"],

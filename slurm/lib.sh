@@ -46,7 +46,7 @@ use_container() { # use_container FOLDER...: run the steps in CONTAINER_IMAGE (p
     [[ ! -e $folder ]] || mounts+="${mounts:+,}$folder:$folder"
   done
   CONTAINER=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$TSDKD_HOME"
-    --no-container-mount-home)
+    --no-container-mount-home --container-writable) # caches go into the container's own home
 }
 
 # ---- steps ----------------------------------------------------------------------------------------------------------
@@ -58,7 +58,9 @@ trap 'SIGNALLED=yes; ask_to_stop' USR1
 trap 'SIGNALLED=yes OVERDUE=yes' USR2
 ask_to_stop() {
   say "signalled: the steps have $SAVE_SECONDS s to save and stop"
-  scancel --signal=USR1 "$SLURM_JOB_ID" # the steps, not this shell
+  # The steps, not this shell. Without its || a busy controller would end this shell: `set -e` counts inside a trap.
+  scancel --signal=USR1 "$SLURM_JOB_ID" || scancel --signal=USR1 "$SLURM_JOB_ID" ||
+    say "scancel cannot reach the steps: they stop at the next signal, or as overdue" >&2
   { sleep "$SAVE_SECONDS" && kill -USR2 $$; } &
   ALARM=$!
 }

@@ -15,6 +15,7 @@ static struct spank_option options[] = {
     {"container-mounts", "SRC:DST[,...]", "bind mounts", 1, 2, accept},
     {"container-workdir", "PATH", "working folder", 1, 3, accept},
     {"no-container-mount-home", NULL, "leave the home folder out", 0, 4, accept},
+    {"container-writable", NULL, "let the task write into its copy of the image", 0, 5, accept},
 };
 
 int slurm_spank_init(spank_t sp, int argc, char **argv) {
@@ -28,10 +29,15 @@ int slurm_spank_init(spank_t sp, int argc, char **argv) {
 }
 
 int slurm_spank_task_init(spank_t sp, int argc, char **argv) {
-    char *value = NULL;
+    char *value = NULL, rank[16] = "";
     (void)argc, (void)argv;
     if (spank_option_getopt(sp, &options[0], &value) == ESPANK_SUCCESS && value)
         spank_setenv(sp, "TEST_CONTAINER_IMAGE", value, 1);
+    /* As pyxis does in an image of PyTorch's: these two of torchrun's variables and no more. */
+    if (value && spank_getenv(sp, "SLURM_PROCID", rank, sizeof rank) == ESPANK_SUCCESS)
+        spank_setenv(sp, "RANK", rank, 1);
+    if (value && spank_getenv(sp, "SLURM_LOCALID", rank, sizeof rank) == ESPANK_SUCCESS)
+        spank_setenv(sp, "LOCAL_RANK", rank, 1);
     if (spank_option_getopt(sp, &options[1], &value) == ESPANK_SUCCESS && value)
         spank_setenv(sp, "TEST_CONTAINER_MOUNTS", value, 1);
     return 0;

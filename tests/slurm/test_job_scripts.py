@@ -124,6 +124,19 @@ def test_a_hang_is_requeued_before_the_limit_ends_the_job_for_good(lab, stand_in
     job.wait_end("CANCELLED")
 
 
+def test_a_controller_that_does_not_answer_costs_no_requeue(lab, stand_in):
+    scancel = stand_in / "bin" / "scancel"
+    scancel.write_text("#!/bin/sh\nexit 1\n")
+    scancel.chmod(0o755)
+    job = Job.submit(SCRIPT, stand_in / "run", STAND_IN_STEPS="999", SAVE_SECONDS="2")
+    wait_until(lambda: (job.run_dir / "calls").exists() and len(calls(job, "train")) == 4, 30, lambda: job.log)
+    lab("run", "/usr/bin/scancel", "--batch", "--signal=USR1", job.id)
+    job.wait_for("scancel cannot reach the steps")
+    job.wait_for("stopped at step 0 with status 124: requeued")
+    lab("run", "/usr/bin/scancel", job.id)
+    job.wait_end("CANCELLED")
+
+
 def test_a_cancelled_job_stays_cancelled(lab, stand_in):
     job = Job.submit(SCRIPT, stand_in / "run", STAND_IN_STEPS="999")
     job.wait_for("train: logs")
@@ -138,6 +151,7 @@ def test_a_container_gets_the_image_and_the_folders(lab, stand_in):
     job = Job.submit(SCRIPT, stand_in / "run", CONTAINER_IMAGE="nvcr.io#nvidia/nemo:25.11", CONTAINER_MOUNTS="/d:/d")
     job.wait_end("COMPLETED")
     assert all("image=nvcr.io#nvidia/nemo:25.11" in line for line in calls(job, "train"))
+    assert len(calls(job, "train")) == 4
     assert f"mounts=/d:/d,{ROOT}:{ROOT},{job.run_dir}:{job.run_dir}" in calls(job, "train")[0]
 
 

@@ -66,9 +66,30 @@ def test_a_user_s_master_address_wins(clean):
 
 
 def test_torchrun_inside_slurm_keeps_torchrun_s_ranks(clean):
-    slurm_step(clean, RANK="3", LOCAL_RANK="3", WORLD_SIZE="4", MASTER_ADDR="n1", MASTER_PORT="29500", GROUP_RANK="0")
+    torchrun = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+    slurm_step(clean, **torchrun, GROUP_RANK="0", TORCHELASTIC_RUN_ID="none")
     assert launch.environment() == launch.Launch(3, 3, 4, 0, "n1", 29500)
-    assert "TORCHELASTIC_RUN_ID" not in os.environ
+    assert os.environ["TORCHELASTIC_RUN_ID"] == "none"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"RANK": "5", "LOCAL_RANK": "1"},  # pyxis, in an image that sets PYTORCH_VERSION
+        {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu07", "MASTER_PORT": "19567"},  # enroot
+    ],
+)
+def test_what_a_container_runtime_sets_is_not_torchrun(clean, extra):
+    slurm_step(clean, TSDKD_HOSTS="gpu07 gpu08 gpu09 gpu10", **extra)
+    assert launch.environment() == launch.Launch(5, 1, 8, 2, "gpu07", 19567)
+    assert os.environ["TORCHELASTIC_RUN_ID"] == "slurm-1234567" and os.environ["GROUP_RANK"] == "2"
+
+
+def test_another_launcher_s_variables_are_taken_as_they_are(clean):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "n1"}.items():
+        clean.setenv(name, value)
+    clean.setenv("MASTER_PORT", "29500")
+    assert launch.environment() == launch.Launch(1, 1, 2, 0, "n1", 29500)
 
 
 def test_batch_script_without_srun_is_a_world_of_one(clean):
