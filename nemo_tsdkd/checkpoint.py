@@ -74,6 +74,7 @@ def load_weights(module: MCoreGPTModel, checkpoint: Path) -> None:
     Raises:
         ValueError: the checkpoint and the model do not have the same parameters.
     """
+    assert not any(p.is_meta for p in module.parameters()), "weights loaded into the meta device are lost"
     state, missing, unexpected = dist_checkpointing.load(
         module.sharded_state_dict(prefix=_PREFIX),
         str(checkpoint / "weights"),

@@ -7,9 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer as NemoTokenizer
 from nemo.lightning import io
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from nemo_tsdkd.checkpoint import gpt_config, load_weights
@@ -72,4 +74,16 @@ def _unloaded_model(config: llm.GPTConfig, assets: Path) -> tuple[llm.GPTModel, 
     """NeMo's model with the trainer that can save it."""
     model_class = _MODELS[read_json(assets / "config.json")["model_type"]]
     model = model_class(config, tokenizer=NemoTokenizer(str(assets), trust_remote_code=False))
-    return model, io.ModelConnector().nemo_setup(model)
+    trainer = io.ModelConnector().nemo_setup(model)
+    _materialize(model.module)
+    return model, trainer
+
+
+def _materialize(module: nn.Module) -> None:
+    """NeMo builds Transformer Engine's layers on the meta device, where loaded weights would vanish."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.is_meta:
+                memory = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+                memory.__dict__.update(parameter.__dict__)  # Megatron's marks
+                setattr(part, name, memory)

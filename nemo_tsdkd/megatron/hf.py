@@ -19,7 +19,7 @@ from nemo.collections.llm.gpt.model.llama import Llama31Config
 from nemo.lightning import io
 from nemo.lightning.io.state import TransformFns
 from nemo.lightning.pytorch.utils import dtype_from_hf
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from nemo_tsdkd.megatron.gpt import attention_mask
@@ -132,8 +132,8 @@ def _names(gpt: MCoreGPTModel) -> dict[str, str]:
 
 
 def require_equal_logits(hf_folder: Path, gpt: MCoreGPTModel) -> None:
-    """Compare a whole Megatron model with a Hugging Face folder on a short text, both in fp32 (4 bytes a parameter,
-    one model after the other). The Megatron model stays in fp32.
+    """Compare a whole Megatron model with a Hugging Face folder on a short text, both in fp32, one model after the
+    other and layer by layer: a GPU holds embedding, head and one layer.
 
     Raises:
         RuntimeError: their logits differ by more than fp32 rounding.
@@ -150,10 +150,30 @@ def require_equal_logits(hf_folder: Path, gpt: MCoreGPTModel) -> None:
 def _compared_logits(hf_folder: Path, gpt: MCoreGPTModel) -> tuple[Tensor, Tensor]:
     """Logits `[1, S, V]` of both; on the GPU where there is one, since Transformer Engine's layers need it."""
     tokens = AutoTokenizer.from_pretrained(hf_folder)(_SAMPLE, return_tensors="pt").input_ids.cuda()
-    hf_model = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32, use_safetensors=True)
-    expected = hf_model.cuda().eval()(tokens).logits.cpu()
+    dtype, gpt.config.params_dtype = gpt.config.params_dtype, torch.float32
+    hf_model = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=dtype, use_safetensors=True)
+    _stream(hf_model, hf_model.model.layers, dtype)
+    expected = hf_model.eval()(tokens).logits.cpu()
     del hf_model
-    gpt.cuda().float().eval()
-    gpt.config.params_dtype = torch.float32
+    _stream(gpt, gpt.decoder.layers, dtype)
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    return expected, gpt(tokens, positions, attention_mask(tokens)).cpu()
+    return expected, gpt.eval()(tokens, positions, attention_mask(tokens)).cpu()
+
+
+def _stream(model: nn.Module, layers: nn.ModuleList, dtype: torch.dtype) -> None:
+    """Move all but the layers to the device in fp32; each layer comes when it is called, and leaves in `dtype`."""
+    device = torch.cuda.current_device()
+    waiting = {id(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in waiting:
+            tensor.data = tensor.data.to(device, torch.float32)
+
+    def come(layer: nn.Module, *_: object) -> None:
+        layer.to(device, torch.float32)
+
+    def leave(layer: nn.Module, *_: object) -> None:
+        layer.to("cpu", dtype)
+
+    for layer in layers:
+        layer.register_forward_pre_hook(come)
+        layer.register_forward_hook(leave)

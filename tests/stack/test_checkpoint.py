@@ -158,6 +158,30 @@ def test_an_import_and_its_export_are_the_source(name, folders, tmp_path):
     assert all(torch.equal(source[key], back[key]) and source[key].dtype == back[key].dtype for key in source)
 
 
+def export_from_meta(checkpoint: Path, to: str, output: Path) -> None:
+    """As where Transformer Engine is: NeMo then builds the layers on the meta device."""
+    from nemo.collections import llm
+
+    configure = llm.GPTModel.configure_model
+
+    def configure_on_meta(self, *args):
+        configure(self, *args)
+        self.module.decoder.to("meta")
+
+    llm.GPTModel.configure_model = configure_on_meta
+    export(checkpoint, to, output)
+
+
+@pytest.mark.parametrize("to", ["hf", "nemo"])
+def test_layers_built_on_the_meta_device_get_their_weights(to, folders, tmp_path):
+    hf, nemo = folders("qwen2_tied_bf16")
+    ranks.run_ranks(export_from_meta, 1, nemo, to, tmp_path / to, meet=False)
+    got = (
+        hf_logits(tmp_path / to) if to == "hf" else ranks.run_ranks(plain_nemo_logits, 1, tmp_path / to, meet=False)[0]
+    )
+    assert_equal_up_to_rounding(got[..., :330], hf_logits(hf))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["qwen2", "qwen2_tied"])
 def test_logits_agree_between_source_layout_nemo_and_hf(name, layout, folders, tmp_path):
