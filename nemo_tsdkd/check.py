@@ -15,15 +15,18 @@ from nemo_tsdkd.memory import ModelShape
 from nemo_tsdkd.precision import check_names, check_shapes
 
 
-def check_setup(config: TrainConfig) -> dict[str, ModelShape]:
+def check_setup(config: TrainConfig, batch: bool = True) -> dict[str, ModelShape]:
     """Check all that can be checked without a model in memory; return the shape of each model that states one.
 
     A NeMo checkpoint that was not imported by this package states none; Megatron checks it when it is built.
 
+    Args:
+        batch: whether the ranks will share global batches.
+
     Raises:
         ValueError: the first rule that does not hold, as field, value, rule and fix.
     """
-    config.validate()
+    config.validate(batch)
     check_names(config)
     shapes = {}
     for which, path in (("student", Path(config.student.path)), ("teacher", Path(config.teacher.path))):

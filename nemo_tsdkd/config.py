@@ -256,9 +256,10 @@ class TrainConfig:
     def data_parallel_size(self) -> int:
         return self.parallel.world_size // self.parallel.model_parallel_size
 
-    def validate(self) -> None:
+    def validate(self, batch: bool = True) -> None:
         """Raise ValueError on the first field that breaks its rule or a rule between fields. Reads no file.
 
+        Without `batch` the global batch may be one that these ranks could not share out.
         Not here: selection rules (their registry), precisions (`precision.py`), what the models allow (`check.py`).
         """
         missing = list(_missing(self))
@@ -268,7 +269,8 @@ class TrainConfig:
         parts = (self.teacher, self.objective, self.data, self.rollout, self.parallel, self.optim, self.checkpoint)
         for part in parts:
             part.validate()
-        self._validate_batch()
+        if batch:
+            self._validate_batch()
         _require(
             self.optim.warmup_steps < self.max_steps,
             "optim.warmup_steps",

@@ -82,7 +82,7 @@ def evaluate(
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError as e:
-        raise ValueError(f"evaluation needs lm-eval ({e}): pip install 'nemo-tsdkd[evaluate]'.") from e
+        raise ValueError(f"evaluation needs lm-eval ({e}): pip install 'lm-eval[hf,ifeval]==0.4.13'.") from e
     import torch
 
     # The harness reads all its 14,000 task files: only where they are asked for.

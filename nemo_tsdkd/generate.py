@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.shard_size is not None and args.shard_size < 1:
         raise ValueError(f"--shard-size = {args.shard_size}: must be at least 1. Give a positive number.")
     config = config_from(args)
-    check_setup(config)
+    check_setup(config, batch=False)
     block = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
     if place.world_size % block:
         raise ValueError(

@@ -33,10 +33,11 @@ class ModelShape:
     ffn: int
     vocab: int
     tied: bool = False  # the head is the embedding
+    head_dim: int = 128
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
+    def q_width(self) -> int:
+        return self.heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
@@ -45,8 +46,8 @@ class ModelShape:
     @property
     def layer_params(self) -> int:
         """Parameters of one decoder layer."""
-        qkv = (self.hidden + 1) * (self.hidden + 2 * self.kv_width)
-        return qkv + self.hidden**2 + 3 * self.hidden * self.ffn + 2 * self.hidden
+        qkv = (self.hidden + 1) * (self.q_width + 2 * self.kv_width)
+        return qkv + self.hidden * self.q_width + 3 * self.hidden * self.ffn + 2 * self.hidden
 
     def padded_vocab(self, tp: int) -> int:
         """Megatron's vocabulary: a multiple of 128 on every tensor-parallel rank."""
@@ -75,7 +76,8 @@ class ModelShape:
                 layers=c["num_hidden_layers"],
                 hidden=c["hidden_size"],
                 heads=c["num_attention_heads"],
-                kv_heads=c["num_key_value_heads"],
+                kv_heads=c.get("num_key_value_heads", c["num_attention_heads"]),
+                head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
                 ffn=c["intermediate_size"],
                 vocab=c["vocab_size"],
                 tied=c.get("tie_word_embeddings", False),
@@ -140,7 +142,7 @@ def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Me
 
     # What a layer's backward pass reads, in bf16 elements a token. Always split over TP: q, k, v, the attention's
     # output; the MLP's halves and their product. Split by sequence parallelism only: inputs and outputs of two norms.
-    split = 2 * student.hidden + 2 * student.kv_width + 3 * student.ffn
+    split = 2 * student.q_width + 2 * student.kv_width + 3 * student.ffn
     whole = 4 * student.hidden
     layer = 2 * tokens * (split // tp + whole // (tp if p.sequence_parallel else 1))
     activations = student.layers // pp * in_flight * layer

@@ -108,7 +108,7 @@ def check_shapes(config: TrainConfig, student: ModelShape, teacher: ModelShape) 
             continue
         for what, width in (
             ("hidden size", shape.hidden),
-            ("QKV width on a rank", (shape.hidden + 2 * shape.kv_width) // tp),
+            ("QKV width on a rank", (shape.q_width + 2 * shape.kv_width) // tp),
             ("attention width on a rank", shape.hidden // tp),
             ("MLP width on a rank", shape.ffn // tp),
         ):

@@ -95,6 +95,7 @@ class Preflight:
         self._try(lambda: network.connect(self.store, patience), "meeting the other ranks")
         self._try(network.inside_node, "all-reduce inside the node")
         self._try(network.over_nodes, "all-reduce over all nodes")
+        self._try(network.between_hosts, "all-reduce over gloo")
         return self._report("network")
 
     def _check_node(self) -> None:

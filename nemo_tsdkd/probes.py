@@ -34,7 +34,7 @@ def check_versions() -> None:
     """Raise ValueError unless the stack is one this package works with."""
     for package, supported in SUPPORTED.items():
         if not _version(package).startswith(supported):
-            raise ValueError(f"{package} is {_version(package)}, but must be {supported}*. Choose another container.")
+            raise ValueError(f"{package} is {_version(package)}, but must be {supported}*: docs/cluster.md, step 1.")
 
 
 def check_gpu(place: Launch, gpus_per_node: int, allow_cpu: bool) -> None:
@@ -131,7 +131,7 @@ class Canary:
 
 
 class Network:
-    """All-reduces inside each node, then over all nodes, each checked by its sum."""
+    """All-reduces inside each node, over all nodes, and over gloo, each checked by its sum."""
 
     def __init__(self, place: Launch, gpus_per_node: int) -> None:
         self.place, self.gpus_per_node = place, gpus_per_node
@@ -148,6 +148,7 @@ class Network:
         starts = range(0, size, self.gpus_per_node)
         groups = [dist.new_group(list(range(s, s + self.gpus_per_node))) for s in starts]
         self._node_group = groups[self.place.rank // self.gpus_per_node]
+        self._gloo = dist.new_group(backend="gloo", timeout=timeout)
 
     def inside_node(self) -> None:
         self._all_reduce(self._node_group, self.gpus_per_node)
@@ -155,11 +156,15 @@ class Network:
     def over_nodes(self) -> None:
         self._all_reduce(None, self.place.world_size)
 
-    def _all_reduce(self, group: Any, size: int) -> None:
+    def between_hosts(self) -> None:
+        """Gloo, over which ranks wait for each other and Megatron saves."""
+        self._all_reduce(self._gloo, self.place.world_size, "cpu", PROBE_ELEMENTS["gloo"])
+
+    def _all_reduce(self, group: Any, size: int, device: str | None = None, elements: int | None = None) -> None:
         import torch
         import torch.distributed as dist
 
-        x = torch.ones(self._elements, device=self._device)
+        x = torch.ones(elements or self._elements, device=device or self._device)
         dist.all_reduce(x, group=group)
         if not bool((x == size).all()):
             raise ValueError(f"an all-reduce of ones over {size} ranks gave {x.min().item()} to {x.max().item()}.")

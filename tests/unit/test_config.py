@@ -118,6 +118,13 @@ def test_open_fields_are_named():
         TrainConfig().validate()
 
 
+def test_ranks_that_share_no_batch_may_be_any_number():
+    config = compose_config("demo", [*PATHS, "parallel.num_nodes=3", "global_batch_size=8"])
+    config.validate(batch=False)
+    with pytest.raises(ValueError, match="global_batch_size = 8: must be a multiple"):
+        config.validate()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -107,6 +107,8 @@ def test_shape_of_a_hugging_face_folder(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(fields))
     assert ModelShape.of_folder(tmp_path) == QWEN2_5["1.5B"]
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "head_dim": 256}))
+    assert ModelShape.of_folder(tmp_path).q_width == 12 * 256  # Qwen3's heads together are wider than its hidden states
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 1}))
     with pytest.raises(ValueError, match="num_hidden_layers"):
         ModelShape.of_folder(tmp_path)
