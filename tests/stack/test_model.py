@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 import ranks
 import tiny_run
+import torch
 
 from nemo_tsdkd.config import TrainConfig
+from nemo_tsdkd.data import Sample
 from nemo_tsdkd.integrity import newest_whole, step_folder
+from nemo_tsdkd.rollout import Response
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 
 
 def train_and_look(config: TrainConfig) -> dict:
     """Train on this rank; return what the trained module holds and what became of the teacher."""
-    import torch
-
     from nemo_tsdkd.megatron import callbacks
     from nemo_tsdkd.megatron.train import train
 
@@ -66,8 +67,6 @@ def tensors_of(checkpoint: Path) -> dict:
 
 def train_with_nan(config: TrainConfig) -> str:
     """Put a NaN into one rank's weights after the first step; return the error that ends the run on this rank."""
-    import torch
-
     import nemo_tsdkd.megatron.train as module
 
     class Spoil(module.SaveAndStop):
@@ -115,6 +114,35 @@ def test_a_signal_to_one_rank_saves_and_stops_all_and_the_run_goes_on(root, tmp_
     assert not (tmp_path / "FINISHED").exists()
     ranks.run_ranks(train_with_signal, 2, config, 1, -1)
     assert (tmp_path / "FINISHED").exists() and (tmp_path / "last_step").read_text() == "5\n"
+
+
+def shared_out() -> list[list[int]]:
+    """What each of two context-parallel ranks holds after five samples were written; a stand-in writes."""
+    from types import SimpleNamespace
+    from unittest.mock import patch
+
+    from megatron.core import parallel_state
+
+    from nemo_tsdkd import model
+    from nemo_tsdkd.patience import patient_group
+
+    def write(module, prompts, *, sample_ids, **_):
+        rank = torch.distributed.get_rank()
+        return [Response([rank, i, *prompt], False) for i, prompt in zip(sample_ids, prompts, strict=True)]
+
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
+    run = SimpleNamespace(rollout=None, seed=1, data=SimpleNamespace(seq_length=9))
+    vocabulary = model.Vocabulary(9, 0, (1,))
+    student = SimpleNamespace(run=run, module=None, vocabulary=vocabulary, _writers=patient_group())
+    samples = [Sample(i, [10 + i], []) for i in range(5)]
+    with patch.object(model, "generate", write), patch.object(model, "unwrap"):
+        return [response.token_ids for response in model.TSDKDModel._write(student, samples, 0)]
+
+
+def test_context_parallel_ranks_share_the_samples_out_and_hold_the_same_responses():
+    """Their models need Transformer Engine, so that a stand-in writes here."""
+    expected = [[i % 2, i, 10 + i] for i in range(5)]
+    assert ranks.run_ranks(shared_out, 2) == [expected, expected]
 
 
 def test_time_alone_makes_a_checkpoint_due(root, tmp_path):
