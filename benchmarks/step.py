@@ -56,7 +56,7 @@ def ours(folder: Path, steps: int) -> list[dict[str, float]]:
         "data.path": folder / "prompts.jsonl",
         "global_batch_size": BATCH,
         "micro_batch_size": MICRO_BATCH,
-        "teacher.micro_batch_size": BATCH,
+        "teacher.micro_batch_size": MICRO_BATCH,
         "data.seq_length": SEQ_LENGTH,
         "rollout.max_new_tokens": NEW_TOKENS,
         "rollout.batch_size": BATCH,

@@ -5,12 +5,10 @@ Reads names and JSON only: no weights, no torch, no GPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from nemo_tsdkd.config import ParallelConfig, TrainConfig
-from nemo_tsdkd.folders import HF_ASSETS, is_nemo_checkpoint, read_json, require_importable
+from nemo_tsdkd.config import DataConfig, ParallelConfig, TrainConfig
+from nemo_tsdkd.folders import HF_ASSETS, is_nemo_checkpoint, require_importable
 from nemo_tsdkd.memory import ModelShape
 from nemo_tsdkd.precision import check_names, check_shapes
 
@@ -30,11 +28,11 @@ def check_setup(config: TrainConfig, batch: bool = True) -> dict[str, ModelShape
     check_names(config)
     shapes = {}
     for which, path in (("student", Path(config.student.path)), ("teacher", Path(config.teacher.path))):
-        hf_config = _hf_config(which, path)
-        if hf_config is not None:
-            check_model_fits(hf_config, config.parallel, which)
-            config.objective.validate(vocab_size=hf_config["vocab_size"])
-            shapes[which] = ModelShape.of_folder(path)
+        if _states_its_shape(which, path):
+            shapes[which] = shape = ModelShape.of_folder(path)
+            check_model_fits(shape, config.parallel, which)
+            config.objective.validate(vocab_size=shape.vocab)
+    check_data(config.data)
     if len(shapes) == 2:
         check_shapes(config, **shapes)
     return shapes
@@ -49,21 +47,20 @@ def check_ranks(config: TrainConfig, started: int) -> None:
         )
 
 
-def check_model_fits(hf_config: Mapping[str, Any], parallel: ParallelConfig, which: str) -> None:
+def check_model_fits(shape: ModelShape, parallel: ParallelConfig, which: str) -> None:
     """Raise ValueError unless a model can be cut into TP x PP equal parts.
 
     Args:
-        hf_config: contents of its Hugging Face config.json.
+        shape: its dimensions.
         parallel: the layout.
         which: "student" or "teacher", for the message.
     """
     sizes = {"tensor": parallel.tensor_model_parallel_size, "pipeline": parallel.pipeline_model_parallel_size}
-    heads = hf_config["num_attention_heads"]
     for name, value, direction in (
-        ("num_attention_heads", heads, "tensor"),
-        ("num_key_value_heads", hf_config.get("num_key_value_heads", heads), "tensor"),
-        ("intermediate_size", hf_config["intermediate_size"], "tensor"),
-        ("num_hidden_layers", hf_config["num_hidden_layers"], "pipeline"),
+        ("num_attention_heads", shape.heads, "tensor"),
+        ("num_key_value_heads", shape.kv_heads, "tensor"),
+        ("intermediate_size", shape.ffn, "tensor"),
+        ("num_hidden_layers", shape.layers, "pipeline"),
     ):
         if value % sizes[direction]:
             field = f"parallel.{direction}_model_parallel_size"
@@ -72,14 +69,27 @@ def check_model_fits(hf_config: Mapping[str, Any], parallel: ParallelConfig, whi
             )
 
 
-def _hf_config(which: str, path: Path) -> dict[str, Any] | None:
-    """A model's config.json; None for a NeMo checkpoint without one."""
+def check_data(data: DataConfig) -> None:
+    """Raise ValueError unless `data.path` is a folder or a file that is there, or may be a hub data set's name."""
+    path = Path(data.path)
+    if path.exists():
+        for name in ("subset", "split"):
+            if getattr(data, name) != getattr(DataConfig, name):
+                raise ValueError(
+                    f"data.{name} = {getattr(data, name)!r}: only a hub data set has one, and {data.path} is local. "
+                    "Leave it out."
+                )
+    elif path.suffix in (".jsonl", ".parquet") or path.is_absolute():
+        raise ValueError(f"data.path = {data.path!r}: there is no such file. Give a .jsonl or .parquet file.")
+
+
+def _states_its_shape(which: str, path: Path) -> bool:
+    """Whether a model's folder keeps a config.json, as all do but NeMo checkpoints from elsewhere."""
     if is_nemo_checkpoint(path):
-        assets = path / HF_ASSETS
-        return read_json(assets / "config.json") if assets.is_dir() else None
+        return (path / HF_ASSETS).is_dir()
     if not path.is_dir():
         raise ValueError(
             f"{which}.path = {str(path)!r}: no such folder. Give a local Hugging Face folder or a NeMo checkpoint."
         )
     require_importable(path)
-    return read_json(path / "config.json")
+    return True

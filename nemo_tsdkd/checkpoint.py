@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -91,16 +90,6 @@ def load_weights(module: MCoreGPTModel, checkpoint: Path) -> None:
     weights = {k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)}
     absent, _ = module.load_state_dict(weights, strict=False)
     assert all("_extra_state" in key for key in absent), absent
-
-
-def padded_vocab_size(*vocab_sizes: int, tensor_model_parallel_size: int) -> int:
-    """The common width of several models' embeddings: their largest, rounded up to 128 rows a tensor-parallel rank.
-
-    The same width serves every TP up to 8, so that a run resumes on another: flat optimizer state has no padding rows
-    that could be cut or added.
-    """
-    rows = math.lcm(128 * 8, 128 * tensor_model_parallel_size)
-    return -(-max(vocab_sizes) // rows) * rows
 
 
 def _stored_tensors(checkpoint: Path) -> dict:

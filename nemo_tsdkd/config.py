@@ -11,7 +11,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-PRESETS = ("paper", "reference", "gkd", "forward_kl", "reverse_kl")
+_DIRECT_ONLY = {"gate_rule": "identity", "indirect_kd_alpha": 0.0, "entropy_weight": 0.0}
+# The fields that a preset sets. A baseline is the paper's objective with terms switched off; the public trainer's
+# arithmetic has its own choices in place of these fields.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "reference": {
+        "opener_rule": "cumulative_entropy",
+        "entropy_rule": "top_fraction",
+        "gate_rule": "confidence",
+        "entropy_fraction": 0.1,
+    },
+    "gkd": _DIRECT_ONLY,
+    "forward_kl": {**_DIRECT_ONLY, "beta": 0.0},
+    "reverse_kl": {**_DIRECT_ONLY, "beta": 1.0},
+}
 HEADS = ("logits", "fused")
 OFFLOADS = ("none", "cpu")
 # What one tile of the objective holds by default: a CPU's cache keeps it; a GPU's launches cost little beside it.
@@ -69,7 +83,7 @@ class ObjectiveConfig:
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Raise ValueError on the first field that breaks its rule. Selection rules are checked by their registry."""
-        _in("objective.preset", self.preset, PRESETS)
+        _in("objective.preset", self.preset, list(PRESETS))
         _in("objective.head", self.head, HEADS)
         _share(self, "objective.", "beta", "threshold", "entropy_fraction")
         _require(
@@ -88,6 +102,18 @@ class ObjectiveConfig:
                 self.top_k,
                 f"must not exceed the vocabulary ({vocab_size} tokens)",
                 "Lower top_k.",
+            )
+
+    def validate_preset(self) -> None:
+        """Raise ValueError on a field that the user set and the preset would set to something else."""
+        for name, value in PRESETS[self.preset].items():
+            given, default = getattr(self, name), getattr(type(self), name)
+            _require(
+                given in (default, value),
+                f"objective.{name}",
+                given,
+                f"objective.preset = {self.preset} sets it to {value}",
+                "Leave it out, or take another preset.",
             )
 
 
@@ -213,7 +239,9 @@ class OptimConfig:
     def validate(self) -> None:
         _positive(self, "optim.", "lr")
         _not_negative(self, "optim.", "min_lr", "warmup_steps", "weight_decay", "clip_grad")
-        _share(self, "optim.", "adam_beta1", "adam_beta2")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optim.{name}", value, "must lie in [0, 1)", "Give 0 or more, less than 1.")
         _require(
             self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"must not exceed optim.lr = {self.lr}", "Lower it."
         )
@@ -230,6 +258,13 @@ class CheckpointConfig:
     def validate(self) -> None:
         _positive(self, "checkpoint.", "every_n_steps", "every_minutes", "keep_last")
         _not_negative(self, "checkpoint.", "keep_every")
+        _require(
+            self.keep_every % self.every_n_steps == 0,
+            "checkpoint.keep_every",
+            self.keep_every,
+            f"must be a multiple of checkpoint.every_n_steps = {self.every_n_steps}",
+            f"Use {-(-self.keep_every // self.every_n_steps) * self.every_n_steps}.",
+        )
 
 
 @dataclass
@@ -269,6 +304,7 @@ class TrainConfig:
         parts = (self.teacher, self.objective, self.data, self.rollout, self.parallel, self.optim, self.checkpoint)
         for part in parts:
             part.validate()
+        self.objective.validate_preset()
         if batch:
             self._validate_batch()
         _require(
@@ -298,6 +334,13 @@ class TrainConfig:
         )
 
     def _validate_batch(self) -> None:
+        _require(
+            self.teacher.micro_batch_size <= self.micro_batch_size,
+            "teacher.micro_batch_size",
+            self.teacher.micro_batch_size,
+            f"must not exceed micro_batch_size = {self.micro_batch_size}, which the teacher reads in parts",
+            "Lower it.",
+        )
         rows = self.micro_batch_size * self.data_parallel_size
         _require(
             self.global_batch_size % rows == 0,

@@ -13,6 +13,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from nemo_tsdkd.check import check_data
 from nemo_tsdkd.config import DataConfig
 from nemo_tsdkd.folders import HF_ASSETS
 
@@ -183,12 +184,11 @@ class EpochOrder(Dataset[Sample]):
 
 def _open(config: DataConfig) -> list[tuple[str, datasets.Dataset]]:
     """(name for messages, first `limit` rows) of each file of `data.path`, or of the hub data set."""
+    check_data(config)
     path = Path(config.path)
     files = sorted(f for f in path.iterdir() if f.suffix in (".jsonl", ".parquet")) if path.is_dir() else [path]
     if path.is_file() or path.is_dir():
         parts = [(str(file), _read_file(file)) for file in files]
-    elif path.suffix in (".jsonl", ".parquet"):
-        raise ValueError(f"data.path = {config.path!r}: there is no such file. Give a .jsonl or .parquet file.")
     else:
         parts = [(config.path, _read_hub(config))]
     if not parts:
@@ -220,9 +220,10 @@ def _read_file(path: Path) -> datasets.Dataset:
 def _read_hub(config: DataConfig) -> datasets.Dataset:
     try:
         return datasets.load_dataset(config.path, config.subset, split=config.split)
-    except (ConnectionError, FileNotFoundError) as e:
+    except (ConnectionError, FileNotFoundError, ValueError) as e:  # the last: no such subset or split
         raise ValueError(
-            f"data.path = {config.path!r}: neither a local file nor a data set that the hub gives out ({e}). "
+            f"data.path = {config.path!r} (subset {config.subset}, split {config.split}): neither a local file nor a "
+            f"data set that the hub gives out ({e}). "
             "Check the name, or download it first and give the .jsonl or .parquet file."
         ) from e
 

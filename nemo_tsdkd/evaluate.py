@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_importable(args.model)
     if args.include_path and not args.include_path.is_dir():
         raise ValueError(f"--include-path = {args.include_path}: no such folder. Give a folder of task YAML files.")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit = {args.limit}: must be at least 1. Leave it out to score every problem.")
     results = evaluate(
         args.model,
         task_names(args.tasks),

@@ -7,6 +7,7 @@ fragmentation come on top: RESERVE), good for choosing a layout before a queue's
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from nemo_tsdkd.folders import HF_ASSETS, is_nemo_checkpoint
 
 GIB = 2**30
 RESERVE = 6 * GIB  # CUDA context, NCCL and cuBLAS work space, fragmentation
-BYTES_PARAM, BYTES_GRAD, BYTES_OPTIMIZER = 2, 4, 12  # bf16; fp32; fp32 master weight and two Adam moments
+BYTES_GRAD = 4
+BYTES_OPTIMIZER = {2: 12, 4: 8}  # by a weight's bytes: two fp32 moments, and beside bf16 an fp32 master weight
 FP8_STUDENT, FP8_TEACHER = (
     2,
     1,
@@ -50,8 +52,7 @@ class ModelShape:
         return qkv + self.hidden * self.q_width + 3 * self.hidden * self.ffn + 2 * self.hidden
 
     def padded_vocab(self, tp: int) -> int:
-        """Megatron's vocabulary: a multiple of 128 on every tensor-parallel rank."""
-        return -(-self.vocab // (128 * tp)) * 128 * tp
+        return padded_vocab_size(self.vocab, tensor_model_parallel_size=tp)
 
     def params_per_gpu(self, tp: int, pp: int) -> int:
         """Parameters of the fullest pipeline stage on one tensor-parallel rank (norms and biases counted as split)."""
@@ -140,35 +141,40 @@ def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Me
     micro_batches = config.global_batch_size // (config.micro_batch_size * config.data_parallel_size)
     in_flight = min(pp, micro_batches)
 
-    # What a layer's backward pass reads, in bf16 elements a token. Always split over TP: q, k, v, the attention's
-    # output; the MLP's halves and their product. Split by sequence parallelism only: inputs and outputs of two norms.
+    student_bytes, teacher_bytes = (4 if n == "fp32" else 2 for n in (config.precision.name, config.teacher.precision))
+
+    # What a layer's backward pass reads, in elements a token. Always split over TP: q, k, v, the attention's output;
+    # the MLP's halves and their product. Split by sequence parallelism only: inputs and outputs of two norms.
     split = 2 * student.q_width + 2 * student.kv_width + 3 * student.ffn
     whole = 4 * student.hidden
-    layer = 2 * tokens * (split // tp + whole // (tp if p.sequence_parallel else 1))
+    layer = student_bytes * tokens * (split // tp + whole // (tp if p.sequence_parallel else 1))
     activations = student.layers // pp * in_flight * layer
 
     columns = student.padded_vocab(tp) // tp
     tile = min(tokens * columns, config.objective.tile_logits or TILE_LOGITS["cuda"])
-    loss = tile * (2 * 2 + 4 * 4)  # bf16 logits of both models; four fp32 tensors while the loss is taken
+    both = student_bytes + teacher_bytes
+    loss = tile * (both + 4 * 4)  # logits of both models; four fp32 tensors while the loss is taken
     if config.objective.head == "logits":
-        loss += 2 * 2 * tokens * columns  # bf16 logits of both models; the gradient takes the student's place
+        loss += both * tokens * columns  # logits of both models; the gradient takes the student's place
     else:  # whole rows of both models; the student's gradient in fp32 and a tile's share of it; the weight's gradient
-        loss += tokens * (2 * teacher.hidden + (2 + 4 + 2) * student.hidden) + 2 * columns * student.hidden
-    hidden = 2 * tokens * teacher.hidden // (tp if p.sequence_parallel else 1)
+        loss += tokens * (teacher_bytes * teacher.hidden + (2 * student_bytes + 4) * student.hidden)
+        loss += student_bytes * columns * student.hidden
+    hidden = teacher_bytes * tokens * teacher.hidden // (tp if p.sequence_parallel else 1)
     teacher_hidden = hidden * micro_batches if config.teacher.offload == "none" else hidden
 
-    longest = config.data.seq_length * config.rollout.batch_size
-    kv_cache = 2 * 2 * longest * student.kv_width * (student.layers // pp) // tp if config.rollout.lmbda > 0 else 0
+    slots = config.data.seq_length * config.rollout.batch_size if config.rollout.lmbda > 0 else 0
+    kv_cache = 2 * student_bytes * slots * student.kv_width * (student.layers // pp) // tp
 
-    teacher_weights = teacher.params_per_gpu(tp, pp) * BYTES_PARAM
+    teacher_weights = teacher.params_per_gpu(tp, pp) * teacher_bytes
     if config.teacher.precision.startswith("fp8"):
         teacher_weights += teacher.layer_params_per_gpu(tp, pp) * FP8_TEACHER
-    head = teacher.padded_vocab(tp) // tp * teacher.hidden * BYTES_PARAM  # the loss needs it: never parked
+    head = teacher.padded_vocab(tp) // tp * teacher.hidden * teacher_bytes  # the loss needs it: never parked
     parked = teacher_weights - head if config.teacher.park else 0
     fp8_copies = student.layer_params_per_gpu(tp, pp) * FP8_STUDENT if config.precision.name.startswith("fp8") else 0
+    shards = config.data_parallel_size * cp
     return Memory(
-        student_weights_and_grads=params * (BYTES_PARAM + BYTES_GRAD) + fp8_copies,
-        student_optimizer=params * BYTES_OPTIMIZER // (config.data_parallel_size * cp),
+        student_weights_and_grads=params * (student_bytes + BYTES_GRAD) + fp8_copies,
+        student_optimizer=params * BYTES_OPTIMIZER[student_bytes] // shards,
         teacher_weights=teacher_weights - parked,
         parked_weights=parked,
         activations=activations,
@@ -176,3 +182,13 @@ def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Me
         teacher_hidden=teacher_hidden,
         kv_cache=kv_cache,
     )
+
+
+def padded_vocab_size(*vocab_sizes: int, tensor_model_parallel_size: int) -> int:
+    """The common width of several models' embeddings: their largest, rounded up to 128 rows a tensor-parallel rank.
+
+    The same width serves every TP up to 8, so that a run resumes on another: flat optimizer state has no padding rows
+    that could be cut or added.
+    """
+    rows = math.lcm(128 * 8, 128 * tensor_model_parallel_size)
+    return -(-max(vocab_sizes) // rows) * rows

@@ -109,7 +109,7 @@ def check_shapes(config: TrainConfig, student: ModelShape, teacher: ModelShape) 
         for what, width in (
             ("hidden size", shape.hidden),
             ("QKV width on a rank", (shape.q_width + 2 * shape.kv_width) // tp),
-            ("attention width on a rank", shape.hidden // tp),
+            ("attention width on a rank", shape.q_width // tp),
             ("MLP width on a rank", shape.ffn // tp),
         ):
             if width % WEIGHT_MULTIPLE:
@@ -147,21 +147,17 @@ def pad_to_multiple(config: TrainConfig) -> int:
 
 
 def check_engine(config: TrainConfig) -> None:
-    """Refuse FP8 where Transformer Engine, CUDA or the GPU cannot run it; nothing for bf16 and fp32.
+    """Refuse FP8 and context parallelism where Transformer Engine, CUDA or the GPU cannot run them.
 
     Raises:
         ValueError: naming the field, its value, the rule and the fix.
     """
+    if (cp := config.parallel.context_parallel_size) > 1:
+        _require_engine(f"parallel.context_parallel_size = {cp}", "Megatron's own attention has none", "1")
     for field, name in (("precision.name", config.precision.name), ("teacher.precision", config.teacher.precision)):
         if name not in FP8:
             continue
-        try:
-            importlib.import_module("transformer_engine.pytorch")
-        except ImportError as error:
-            raise ValueError(
-                f"{field} = {name!r}: needs Transformer Engine, which does not import ({error}); Megatron would train "
-                "bf16 without saying so. Run in the NeMo container, or use bf16."
-            ) from None
+        _require_engine(f"{field} = {name!r}", "Megatron would train bf16 without saying so", "bf16")
         import torch
 
         cuda = tuple(int(n) for n in (torch.version.cuda or "0.0").split(".")[:2])
@@ -169,6 +165,16 @@ def check_engine(config: TrainConfig) -> None:
             raise ValueError(f"{field} = {name!r}: needs a Hopper GPU (compute capability 9.0) or newer. Use bf16.")
         if name == "fp8_blockwise" and cuda < BLOCKWISE_CUDA:
             raise ValueError(f"{field} = {name!r}: needs CUDA 12.9, found {torch.version.cuda}. Use fp8_tensorwise.")
+
+
+def _require_engine(setting: str, why: str, instead: str) -> None:
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ImportError as error:
+        raise ValueError(
+            f"{setting}: needs Transformer Engine, which does not import ({error}); {why}. "
+            f"Run in the NeMo container, or use {instead}."
+        ) from None
 
 
 def _known(field: str, name: str) -> None:

@@ -24,7 +24,7 @@ from nemo_tsdkd.check import check_ranks, check_setup
 from nemo_tsdkd.compose import add_config_arguments, config_from
 from nemo_tsdkd.config import TrainConfig
 from nemo_tsdkd.launch import Launch, environment, hosts
-from nemo_tsdkd.precision import check_engine
+from nemo_tsdkd.precision import check_engine, check_names
 
 
 @dataclass
@@ -50,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     config = config_from(args)
     place = environment()
+    config.validate()
+    check_names(config)
     check_ranks(config, place.world_size)
     errors = Preflight(config, place, args.timeout, args.allow_cpu).run()
     for line in errors:

@@ -15,4 +15,4 @@
 set -euo pipefail
 # shellcheck source=slurm/lib.sh
 source "${TSDKD_HOME:-$SLURM_SUBMIT_DIR}/slurm/lib.sh"
-train tsdkd_14b_to_1.5b "$@"
+train "tsdkd_14b_to_1.5b${LAYOUT:+_$LAYOUT}" "$@"

@@ -116,7 +116,8 @@ def run_ranks(
             if any(p.exitcode not in (None, 0) for p in ranks):
                 break
             killed = kill_when()
-            time.sleep(0.002)
+            if not killed:
+                time.sleep(0.002)
         late = [r for r, p in enumerate(ranks) if p.is_alive()]
         for p in ranks:
             _kill(p)

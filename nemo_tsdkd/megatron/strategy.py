@@ -49,6 +49,20 @@ class TSDKDStrategy(nl.MegatronStrategy):
         metadata = super().sharded_state_dict_metadata
         return metadata | {"distrib_optim_sharding_type": "fully_sharded_model_space"}
 
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any], selective_restore: bool = False) -> None:
+        """Adam's moments come from the checkpoint, its settings and the schedule from the configuration: so a run goes
+        on with more steps or another learning rate, where Lightning would bring the old ones back without a word."""
+        optimizer = self.optimizers[0]
+        settings = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in optimizer.param_groups]
+        super().load_optimizer_state_dict(checkpoint, selective_restore)
+        for group, ours in zip(optimizer.param_groups, settings, strict=True):
+            group.update(ours)
+        for config, state in zip(self.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
+            scheduler = config.scheduler
+            scheduler.last_epoch, scheduler._step_count = state["last_epoch"] - 1, state["_step_count"] - 1
+            scheduler.step()  # sets the learning rate of the next step
+        checkpoint["lr_schedulers"] = []
+
     def training_step(self, dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Tensor:
         model, step = self.lightning_module, self.trainer.global_step
         self.step_metrics = {

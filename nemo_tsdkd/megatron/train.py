@@ -17,15 +17,17 @@ from nemo import lightning as nl
 from nemo.collections import llm
 
 from nemo_tsdkd.check import check_setup
-from nemo_tsdkd.checkpoint import gpt_config, padded_vocab_size, resolve
+from nemo_tsdkd.checkpoint import gpt_config, resolve
 from nemo_tsdkd.config import TrainConfig
 from nemo_tsdkd.data import PromptDataset, check_same_tokenizer, eos_token_ids, load_tokenizer
 from nemo_tsdkd.megatron.callbacks import Report, SaveAndStop
 from nemo_tsdkd.megatron.datamodule import SampleModule
 from nemo_tsdkd.megatron.saving import checkpoint_to_resume, full_disk_named
 from nemo_tsdkd.megatron.strategy import TSDKDStrategy
+from nemo_tsdkd.memory import padded_vocab_size
 from nemo_tsdkd.metrics import save_provenance
 from nemo_tsdkd.model import Checkpoints, TSDKDModel, Vocabulary
+from nemo_tsdkd.objective import check_rules
 from nemo_tsdkd.precision import check_engine, model_settings, plugin_settings
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # as Megatron's own groups have; longer waits: `patience.py`
@@ -40,6 +42,7 @@ def train(config: TrainConfig) -> None:
         OSError: the run's disk is full.
     """
     check_setup(config)
+    check_rules(config.objective)
     check_engine(config)
     run_dir = Path(config.run_dir)
     with process_group():

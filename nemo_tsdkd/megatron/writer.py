@@ -15,11 +15,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from transformers import PreTrainedTokenizerBase
 
-from nemo_tsdkd.checkpoint import gpt_config, load_weights, padded_vocab_size, resolve
+from nemo_tsdkd.checkpoint import gpt_config, load_weights, resolve
 from nemo_tsdkd.config import ParallelConfig, TrainConfig
 from nemo_tsdkd.data import PromptDataset, eos_token_ids, load_tokenizer, response_text
 from nemo_tsdkd.megatron.generation import generate
 from nemo_tsdkd.megatron.train import process_group
+from nemo_tsdkd.memory import padded_vocab_size
 from nemo_tsdkd.patience import patient_group
 from nemo_tsdkd.rollout import Response
 from nemo_tsdkd.shards import Shards

@@ -4,5 +4,6 @@ from nemo_tsdkd.config import ObjectiveConfig
 from nemo_tsdkd.objective.function import METRICS
 from nemo_tsdkd.objective.loss import tsdkd_loss, tsdkd_loss_from_hidden
 from nemo_tsdkd.objective.output import ObjectiveOutput
+from nemo_tsdkd.objective.selection import check_rules
 
-__all__ = ["METRICS", "ObjectiveConfig", "ObjectiveOutput", "tsdkd_loss", "tsdkd_loss_from_hidden"]
+__all__ = ["METRICS", "ObjectiveConfig", "ObjectiveOutput", "check_rules", "tsdkd_loss", "tsdkd_loss_from_hidden"]

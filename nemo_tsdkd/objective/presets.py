@@ -7,22 +7,13 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from nemo_tsdkd.config import ObjectiveConfig
+from nemo_tsdkd.config import PRESETS, ObjectiveConfig
 from nemo_tsdkd.objective.selection import RULES, Tokens
-
-_DIRECT_ONLY = {"gate_rule": "identity", "indirect_kd_alpha": 0.0, "entropy_weight": 0.0}
-_SETS: dict[str, dict] = {
-    "paper": {},
-    "reference": {},
-    "gkd": _DIRECT_ONLY,
-    "forward_kl": {**_DIRECT_ONLY, "beta": 0.0},
-    "reverse_kl": {**_DIRECT_ONLY, "beta": 1.0},
-}
 
 
 def resolve(config: ObjectiveConfig) -> ObjectiveConfig:
-    """The config with its preset's fields set. A baseline is the paper's objective with terms switched off."""
-    return replace(config, **_SETS[config.preset])
+    """The config with its preset's fields set."""
+    return replace(config, **PRESETS[config.preset])
 
 
 @dataclass(frozen=True)

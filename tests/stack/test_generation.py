@@ -25,7 +25,8 @@ def build(checkpoint: Path, tp: int, pp: int, sequence_parallel: bool):
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from nemo_tsdkd.checkpoint import gpt_config, load_weights, padded_vocab_size
+    from nemo_tsdkd.checkpoint import gpt_config, load_weights
+    from nemo_tsdkd.memory import padded_vocab_size
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     model_parallel_cuda_manual_seed(1)

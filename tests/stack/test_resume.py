@@ -1,6 +1,7 @@
 """A run that was killed and resumed cannot be told from one that never was."""
 
 import contextlib
+import math
 import random
 import subprocess
 from pathlib import Path
@@ -72,6 +73,19 @@ def test_a_run_goes_on_in_another_layout(configure, uninterrupted, tmp_path):
         torch.testing.assert_close(outcome.weights[name], value, rtol=1e-5, atol=1e-5)
 
 
+def test_a_finished_run_goes_on_with_more_steps_and_the_new_configuration_s_learning_rate(root, tmp_path):
+    config = tiny_run.config(root, tmp_path, 1)
+    config.max_steps, config.optim.warmup_steps = 4, 1
+    train(config)
+    (tmp_path / "FINISHED").unlink()
+    config.max_steps, config.optim.lr, config.optim.weight_decay = 6, 5e-4, 0.1
+    rows = train(config).metrics
+    cosine = [0.5 * (1 + math.cos(math.pi * n / 5)) for n in (3, 4)]  # of 5 steps behind the warm-up
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["lr"] for row in rows[4:]] == pytest.approx([5e-4 * part for part in cosine])
+    assert rows[4]["loss"] < rows[0]["loss"]
+
+
 def test_killed_while_saving_it_goes_on_from_the_checkpoint_before(configure, uninterrupted, tmp_path):
     config = configure(tmp_path)
     assert train(config, kill_when=saving(config, 8)) is None
@@ -86,6 +100,7 @@ def test_a_flipped_bit_sends_it_back_to_the_checkpoint_before(configure, uninter
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
+    assert newest_whole(tmp_path) == step_folder(tmp_path, 4)
     assert same(train(config), uninterrupted())
 
 

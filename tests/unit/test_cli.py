@@ -37,11 +37,12 @@ def run(capsys, *argv):
 def overrides(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     tiny_hf.save_hf(folder / "model")
+    (folder / "d.jsonl").touch()
     return [
         f"run_dir={folder}/run",
         f"student.path={folder}/model",
         f"teacher.path={folder}/model",
-        "data.path=d.jsonl",
+        f"data.path={folder}/d.jsonl",
     ]
 
 
@@ -77,6 +78,16 @@ def test_bad_input_is_one_line_and_status_2(capsys, command):
         status, out, err = run(capsys, command, "--config-name", "tiny", *arguments)
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert err.startswith("nemo-tsdkd: error: ") and message in err
+
+
+def test_check_knows_the_selection_rules(capsys, overrides):
+    status, _, err = run(capsys, "check", "--config-name", "tiny", *overrides, "objective.gate_rule=sharp")
+    assert status == 2 and "objective.gate_rule = 'sharp': must be one of" in err
+
+
+def test_a_wrong_setting_is_not_blamed_on_a_node_by_preflight(capsys, overrides):
+    status, out, err = run(capsys, "preflight", "--config-name", "tiny", *overrides, "objective.beta=2")
+    assert (status, out) == (2, "") and "objective.beta = 2.0: must lie in [0, 1]" in err
 
 
 def test_the_error_s_origin_on_request():

@@ -63,7 +63,7 @@ def test_the_tokenizer_is_lossless_and_leaves_padding_to_test(tokenizer):
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 2"}], add_generation_prompt=True)
     assert tokenizer.decode(chat) == "<|im_start|>user\n1 + 2<|im_end|>\n<|im_start|>assistant\n"
     widths = {len(tokenizer), *(recipe.vocab_size for recipe in pretrain.RECIPES.values())}
-    assert len(widths) == 3 and all(width % 256 for width in widths)  # 256: what TP 2 pads to
+    assert len(widths) == 3 and all(width % 1024 for width in widths)  # 1024: what training pads to
 
 
 def test_models_are_saved_as_their_recipes_say_and_trained_once(tmp_path, monkeypatch):

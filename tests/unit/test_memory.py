@@ -28,14 +28,21 @@ def config(tp=1, pp=1, nodes=1, gpus=8, **fields):
 )
 def test_parameters_are_the_published_ones(name, published):
     shape = QWEN2_5[name]
-    final_norm = shape.hidden
-    assert shape.params_per_gpu(tp=1, pp=1) + final_norm == published
+    tables, final_norm = (1 if shape.tied else 2) * shape.vocab * shape.hidden, shape.hidden
+    assert shape.layers * shape.layer_params + tables + final_norm == published
+    padding = (shape.padded_vocab(1) - shape.vocab) * (1 if shape.tied else 2) * shape.hidden
+    assert shape.params_per_gpu(tp=1, pp=1) + final_norm == published + padding
 
 
-def test_tensor_parallel_vocabulary_is_padded_as_megatron_pads_it():
-    assert QWEN2_5["1.5B"].padded_vocab(1) == 151936
-    assert QWEN2_5["1.5B"].padded_vocab(2) == 152064
-    assert QWEN2_5["14B"].padded_vocab(8) == 152576
+def test_fp32_doubles_weights_and_activations():
+    c = config(2)
+    bf16 = per_gpu(c, QWEN2_5["1.5B"], QWEN2_5["14B"])
+    c.precision.name = c.teacher.precision = "fp32"
+    fp32 = per_gpu(c, QWEN2_5["1.5B"], QWEN2_5["14B"])
+    for name in ("teacher_weights", "activations", "teacher_hidden", "kv_cache"):
+        assert getattr(fp32, name) == 2 * getattr(bf16, name)
+    assert fp32.student_weights_and_grads * 3 == bf16.student_weights_and_grads * 4
+    assert fp32.student_optimizer * 12 == pytest.approx(bf16.student_optimizer * 8)
 
 
 def test_adding_data_parallel_ranks_shrinks_the_optimizer_alone():
@@ -60,7 +67,7 @@ def test_sequence_parallelism_fused_head_parking_and_offloading_each_save_memory
     saving = per_gpu(base, QWEN2_5["7B"], QWEN2_5["32B"])
     assert saving.activations < plain.activations and saving.loss < plain.loss
     assert saving.teacher_hidden < plain.teacher_hidden
-    head = 2 * 152064 // 4 * 5120
+    head = 2 * 152576 // 4 * 5120
     assert (saving.teacher_weights, saving.parked_weights) == (head, plain.teacher_weights - head)
     assert saving.peak < plain.peak
 

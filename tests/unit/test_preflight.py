@@ -39,7 +39,8 @@ def config(model, tmp_path, monkeypatch):
     monkeypatch.setenv("TSDKD_HOSTS", "left right")
     c = TrainConfig(run_dir=str(tmp_path / "run"))
     c.student.path = c.teacher.path = str(model)
-    c.data.path = "prompts.jsonl"
+    c.data.path = str(tmp_path / "prompts.jsonl")
+    (tmp_path / "prompts.jsonl").touch()
     c.parallel.num_nodes = 2
     return c
 

@@ -1,6 +1,7 @@
 """The production configurations fit their GPUs, agree with their job scripts, and the docs state what is computed."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,13 +66,7 @@ def test_the_models_can_be_cut_that_way_also_in_fp8(name):
     config = load(name)
     config.validate()
     for which, shape in shapes(name).items():
-        fields = {
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads,
-            "intermediate_size": shape.ffn,
-            "num_hidden_layers": shape.layers,
-        }
-        check_model_fits(fields, config.parallel, which)
+        check_model_fits(shape, config.parallel, which)
     for precision in FP8:
         check_shapes(load(name, f"precision={precision}"), **shapes(name))
 
@@ -80,16 +75,7 @@ def test_the_models_can_be_cut_that_way_also_in_fp8(name):
 def test_more_tensor_parallelism_than_key_value_heads_is_refused(name):
     config = load(name, f"parallel.tensor_model_parallel_size={2 * shapes(name)['student'].kv_heads}")
     with pytest.raises(ValueError, match="tensor_model_parallel_size"):
-        check_model_fits(
-            {
-                "num_attention_heads": 2**10,
-                "num_key_value_heads": shapes(name)["student"].kv_heads,
-                "intermediate_size": 2**12,
-                "num_hidden_layers": shapes(name)["student"].layers,
-            },
-            config.parallel,
-            "student",
-        )
+        check_model_fits(replace(shapes(name)["student"], heads=2**10, ffn=2**12), config.parallel, "student")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

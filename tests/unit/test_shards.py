@@ -108,5 +108,5 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path, monkeypatch):
     row = {"prompt": "Ann", "response": "boxes", "response_ids": [5, 6]}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     data = DataConfig(path=str(tmp_path / "a.jsonl"), seq_length=64)
-    with pytest.raises(Exception, match=r"line 1: response_ids are not the tokens of 'response'"):
+    with pytest.raises(ValueError, match=r"line 1: response_ids are not the tokens of 'response'"):
         PromptDataset.load(data, load_tokenizer(tmp_path / "tokenizer"), need_response=True)
