@@ -49,7 +49,8 @@ def _checkpoint_in(folder: Path) -> Path:
     checkpoint = folder if is_nemo_checkpoint(folder) else newest_whole(folder)
     if checkpoint is None:
         raise ValueError(f"--checkpoint = {folder}: no whole checkpoint in it. Give a run folder or a NeMo checkpoint.")
-    of_a_run = has_manifest(folder) or folder.resolve().parent.name == CHECKPOINTS
+    resolved = folder.resolve()
+    of_a_run = has_manifest(folder) or (resolved.parent.name == CHECKPOINTS and resolved.name.startswith("step_"))
     if of_a_run and (damage := find_damage(folder)):
         raise ValueError(f"--checkpoint = {folder}: {damage}. Choose another checkpoint of the run.")
     if not (checkpoint / HF_ASSETS).is_dir():

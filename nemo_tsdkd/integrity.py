@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -45,10 +46,15 @@ def find_damage(folder: Path) -> str | None:
     if not has_manifest(folder):
         return "it was not written to its end (no manifest)"
     try:
-        entries = json.loads((folder / _MANIFEST).read_text())
-        expected = {name: (entry["size"], entry["xxh3_128"]) for name, entry in entries.items()}
+        return _find_change(folder, json.loads((folder / _MANIFEST).read_text()))
     except (ValueError, KeyError, TypeError, AttributeError):
         return "its manifest cannot be read"
+    except OSError as error:  # a bad disk is no reason to give up the checkpoints before
+        return f"it cannot be read ({error})"
+
+
+def _find_change(folder: Path, entries: dict[str, Any]) -> str | None:
+    expected = {name: (entry["size"], entry["xxh3_128"]) for name, entry in entries.items()}
     for name, (size, _) in expected.items():
         path = folder / name
         if not path.is_file():
@@ -89,14 +95,24 @@ def seal(folder: Path, entries: dict[str, dict[str, int | str]]) -> None:
     sync(folder)
 
 
-def retain(run_dir: Path, keep_last: int, keep_every: int = 0) -> None:
-    """Remove all but the `keep_last` newest checkpoints, each `keep_every`-th step's (0: none), and any in the making.
+def make_room(run_dir: Path, step: int) -> None:
+    """Remove, before a checkpoint of `step` is written, what stands in its place and what killed saves left.
 
-    Call it on one rank, right after a checkpoint was sealed: what lacks a manifest then is left from a killed save.
+    Call it on one rank while no checkpoint is in the making.
+    """
+    for folder in _steps(run_dir):
+        if step_of(folder) == step or not has_manifest(folder):
+            remove(folder)
+
+
+def retain(run_dir: Path, sealed: int, keep_last: int, keep_every: int = 0) -> None:
+    """Remove all but the `keep_last` newest checkpoints up to the just `sealed` step, and each `keep_every`-th step's.
+
+    Those of later steps go too: they were found damaged, or the run would not have come from before them.
     """
     steps = _steps(run_dir)
-    whole = [folder for folder in steps if has_manifest(folder)]
-    kept = set(whole[-keep_last:]) | {f for f in whole if keep_every and _step(f) % keep_every == 0}
+    whole = [folder for folder in steps if has_manifest(folder) and step_of(folder) <= sealed]
+    kept = set(whole[-keep_last:]) | {f for f in whole if keep_every and step_of(f) % keep_every == 0}
     for folder in set(steps) - kept:
         remove(folder)
 
@@ -110,10 +126,11 @@ def remove(folder: Path) -> None:
 
 
 def _steps(run_dir: Path) -> list[Path]:
-    return sorted((p for p in (run_dir / CHECKPOINTS).glob("step_*") if p.name[5:].isdecimal()), key=_step)
+    return sorted((p for p in (run_dir / CHECKPOINTS).glob("step_*") if p.name[5:].isdecimal()), key=step_of)
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step whose checkpoint the folder holds."""
     return int(folder.name.removeprefix("step_"))
 
 

@@ -75,6 +75,7 @@ class TSDKDModel(llm.GPTModel):
         checkpoints: where both models' weights come from.
         vocabulary: true vocabulary size and special token ids.
         optim: NeMo optimizer module.
+        resumes: the student's weights come from a checkpoint of the run, which NeMo's trainer loads.
     """
 
     def __init__(
@@ -84,11 +85,13 @@ class TSDKDModel(llm.GPTModel):
         checkpoints: Checkpoints,
         vocabulary: Vocabulary,
         optim: Any = None,
+        resumes: bool = False,
     ) -> None:
         super().__init__(config, optim=optim)
         self.run = run
         self.checkpoints = checkpoints
         self.vocabulary = vocabulary
+        self.resumes = resumes
         self._responses: list[Response] = []
         self._writers: ProcessGroup | None = None
         self._loss_reduction = TSDKDLoss(self.loss)
@@ -98,7 +101,7 @@ class TSDKDModel(llm.GPTModel):
         if hasattr(self, "module"):
             return
         super().configure_model(vp_stage)
-        if not self.trainer.ckpt_path:  # a resumed student comes from the run's own checkpoint
+        if not self.resumes:
             load_weights(self.module, self.checkpoints.student)
         self.teacher = Teacher(self.checkpoints.teacher_config, self.checkpoints.teacher, self.run.teacher)
         self._writers = patient_group()
@@ -155,7 +158,7 @@ class TSDKDModel(llm.GPTModel):
             [response.token_ids for response in responses],
             micro_batch_size=self.run.micro_batch_size,
             pad_id=self.vocabulary.pad_id,
-            pad_to_multiple=pad_to_multiple(self.run),
+            pad_to_multiple=pad_to_multiple(self.run, torch.cuda.is_available()),
             device=torch.cuda.current_device(),
         )
         scale = len(micro_batches) / self._mean_sequences(micro_batches)

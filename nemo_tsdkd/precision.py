@@ -33,6 +33,7 @@ FP8 = {
     "fp8_blockwise": Fp8("e4m3", "blockwise", "Float8BlockScaling", token_multiple=128),
 }
 NAMES = ("bf16", "fp32", *FP8)
+LENGTH_STEP = 256  # on a GPU: attention kernels make a plan, a tenth of a second, for every length they meet
 WEIGHT_MULTIPLE = 16  # both dimensions of a weight: each is the contracted one of the forward or a backward GEMM
 BLOCKWISE_CUDA = (12, 9)
 
@@ -137,9 +138,10 @@ def token_multiple(config: TrainConfig, name: str) -> int:
     return ranks * (FP8[name].token_multiple if name in FP8 else 1)
 
 
-def pad_to_multiple(config: TrainConfig) -> int:
-    """What every padded sequence length must be a multiple of: the layout's shards and both models' kernels."""
+def pad_to_multiple(config: TrainConfig, on_gpu: bool) -> int:
+    """What every padded sequence length is a multiple of: the layout's shards, both models' kernels, LENGTH_STEP."""
     return math.lcm(
+        LENGTH_STEP if on_gpu else 1,
         config.parallel.pad_to_multiple,
         token_multiple(config, config.precision.name),
         token_multiple(config, config.teacher.precision),

@@ -15,7 +15,8 @@ from nemo_tsdkd.launch import Launch
 from nemo_tsdkd.memory import GIB, ModelShape, per_gpu
 
 PACKAGES = ("nemo-tsdkd", "torch", "nemo_toolkit", "megatron-core", "transformer-engine", "transformers")
-SUPPORTED = {"nemo_toolkit": "2.7.", "megatron-core": "0.15."}
+# Megatron-core 0.15 calls what numpy 2 removed, when it first saves.
+SUPPORTED = {"nemo_toolkit": "2.7.", "megatron-core": "0.15.", "numpy": "1."}
 BUSY = 2 * GIB  # our own context is half a GiB; more in use before we start is another process
 PROBE_ELEMENTS = {"nccl": 2**24, "gloo": 2**16}  # fp32 elements of an all-reduce
 

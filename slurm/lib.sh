@@ -15,6 +15,7 @@ TSDKD_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd ' ')
 export TSDKD_HOSTS
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun no longer inherits it
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun does: else each task starts a thread for every core
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # no two micro-batches are alike
 export CUDA_DEVICE_MAX_CONNECTIONS=1         # Megatron overlaps tensor-parallel communication by launch order
 
 say() { printf '%s slurm: %s\n' "$(date '+%F %T')" "$*"; }

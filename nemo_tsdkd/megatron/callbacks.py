@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_tsdkd.config import CheckpointConfig
-from nemo_tsdkd.megatron.saving import restore_random_state, save
+from nemo_tsdkd.megatron.saving import STOP_SIGNALS, mark_finished, restore_random_state, save, start_writers_queue
 from nemo_tsdkd.metrics import RunWriter
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,9 @@ class Report(pl.Callback):
         # Every rank holds the same reduced figures, so that every rank stops here, before anything is saved.
         bad = [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
-            where = trainer.strategy.not_finite or "all losses of this rank are finite"
+            found: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(found, trainer.strategy.not_finite)
+            where = next((f"rank {rank}: {what}" for rank, what in enumerate(found) if what), "every loss is finite")
             raise FloatingPointError(f"step {step}: {', '.join(bad)} ({where}). Nothing was saved of this step.")
         if self._writer:
             self._writer.write(step, metrics)
@@ -76,8 +78,9 @@ class SaveAndStop(pl.Callback):
         if trainer.ckpt_path:
             restore_random_state(Path(trainer.ckpt_path))
         # After Lightning's own handlers, which would raise in the middle of a step on one rank alone.
-        for signum in (signal.SIGTERM, signal.SIGUSR1):
+        for signum in STOP_SIGNALS:
             signal.signal(signum, self._note_signal)
+        start_writers_queue()
         self._saved_at = time.monotonic()
 
     def _note_signal(self, signum: int, frame: FrameType | None) -> None:
@@ -95,7 +98,7 @@ class SaveAndStop(pl.Callback):
             save(trainer, self.run_dir, self.source, self.config, wait=stop or last)
             self._saved_at = time.monotonic()
         if last and trainer.is_global_zero:
-            (self.run_dir / "FINISHED").touch()  # a job that finds it never runs again
+            mark_finished(self.run_dir)
         trainer.should_stop = trainer.should_stop or stop
 
 

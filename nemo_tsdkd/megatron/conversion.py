@@ -63,9 +63,8 @@ def export_hf(checkpoint: Path, output: Path) -> None:
     load_weights(model.module, checkpoint)
     hf_model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(assets), dtype=config.params_dtype)
     to_hf(model.module, hf_model)
-    hf_model.generation_config = GenerationConfig.from_pretrained(assets)
-    copy_assets(assets, output)
     hf_model.save_pretrained(output)
+    copy_assets(assets, output)  # the source's generation_config.json too, which transformers might refuse to write
     del hf_model
     require_equal_logits(output, model.module)
 

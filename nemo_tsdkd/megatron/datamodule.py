@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+import xxhash
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader
 
@@ -50,9 +51,31 @@ class SampleModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         steps = self.trainer.global_step - self.data_sampler.init_global_step
-        return {"consumed_samples": self.data_sampler.compute_consumed_samples(steps)}
+        return {"consumed_samples": self.data_sampler.compute_consumed_samples(steps), "order": self._order()}
+
+    def _order(self) -> dict[str, int | str]:
+        """What the order of samples depends on, by the field that sets it; 64 prompts stand for the data's content."""
+        rows = len(self.dataset)
+        some = [self.dataset[i * rows // 64].prompt_ids for i in range(64)]
+        return {
+            "global_batch_size": self.config.global_batch_size,
+            "seed": self.config.seed,
+            "rollout.reuse": self.config.rollout.reuse,
+            "data.path": f"{rows} rows, xxh3 {xxhash.xxh3_64_hexdigest(repr(some).encode())}",
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the checkpoint's run was.
+
+        Raises:
+            ValueError: on every rank, if samples would come in another order or from other data.
+        """
+        for field, value in self._order().items():
+            if value != state["order"][field]:
+                raise ValueError(
+                    f"{field} = {value}: this run began with {state['order'][field]}, and a resumed run goes on in the "
+                    "same order. Give the same value, or begin another run_dir from this one's export."
+                )
         self.data_sampler.init_consumed_samples = state["consumed_samples"]
         self.data_sampler.prev_consumed_samples = state["consumed_samples"]
         self.data_sampler.if_first_step = 1

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,37 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_tsdkd.config import CheckpointConfig
-from nemo_tsdkd.integrity import describe, newest_whole, remove, retain, seal, step_folder
+from nemo_tsdkd.integrity import describe, make_room, newest_whole, retain, seal, step_folder
+from nemo_tsdkd.patience import patient_group
 
 _PROBE = 1 << 20  # bytes
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a cluster's request to save and leave
+
+
+def start_writers_queue() -> None:
+    """Begin the process by which Megatron's writers report, where no stop signal reaches it.
+
+    The signal that asks for a checkpoint goes to every process of the job, on some clusters also to this one, without
+    which nothing can be saved. Started at the first save it would have the signals' default action: to end.
+    """
+    for begin in (resource_tracker.ensure_running, filesystem_async._get_write_results_queue):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # anew: the first lifts a block on SIGTERM
+        try:
+            begin()  # a new process inherits the block and keeps it
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def mark_finished(run_dir: Path) -> None:
+    """A job that finds the mark never runs again."""
+    (run_dir / "FINISHED").touch()
 
 
 def save(trainer: pl.Trainer, run_dir: Path, source: Path, config: CheckpointConfig, *, wait: bool) -> None:
@@ -41,7 +67,7 @@ def save(trainer: pl.Trainer, run_dir: Path, source: Path, config: CheckpointCon
         io.maybe_finalize_save_checkpoint(blocking=True)  # one in the making at a time
     declare = partial(_declare, run_dir, trainer.global_step, config)
     if dist.get_rank() == 0:
-        remove(folder)  # what a killed save of this step left
+        make_room(run_dir, trainer.global_step)
         shutil.copytree(source / "context", folder / "context")
         (folder / "random").mkdir()
     dist.barrier()
@@ -83,7 +109,7 @@ def _declare(run_dir: Path, step: int, config: CheckpointConfig) -> None:
     dist.all_gather_object(entries, describe(folder, rank, world_size))
     if rank == 0:
         seal(folder, {name: entry for part in entries for name, entry in part.items()})
-        retain(run_dir, config.keep_last, config.keep_every)
+        retain(run_dir, step, config.keep_last, config.keep_every)
         mark = run_dir / ".last_step"
         mark.write_text(f"{step}\n")
         mark.replace(run_dir / "last_step")  # the job script sees progress by it
@@ -92,8 +118,10 @@ def _declare(run_dir: Path, step: int, config: CheckpointConfig) -> None:
 
 def checkpoint_to_resume(run_dir: Path) -> Path | None:
     """The newest whole checkpoint, the same on every rank: rank 0 reads and proves it."""
+    group = patient_group()  # to read terabytes may take rank 0 longer than NCCL waits
     found: list[Path | None] = [newest_whole(run_dir) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
+    dist.broadcast_object_list(found, src=0, group=group)
+    dist.destroy_process_group(group)
     return found[0]
 
 

@@ -20,12 +20,13 @@ from nemo_tsdkd.check import check_setup
 from nemo_tsdkd.checkpoint import gpt_config, resolve
 from nemo_tsdkd.config import TrainConfig
 from nemo_tsdkd.data import PromptDataset, check_same_tokenizer, eos_token_ids, load_tokenizer
+from nemo_tsdkd.integrity import step_of
 from nemo_tsdkd.megatron.callbacks import Report, SaveAndStop
 from nemo_tsdkd.megatron.datamodule import SampleModule
-from nemo_tsdkd.megatron.saving import checkpoint_to_resume, full_disk_named
+from nemo_tsdkd.megatron.saving import checkpoint_to_resume, full_disk_named, mark_finished
 from nemo_tsdkd.megatron.strategy import TSDKDStrategy
 from nemo_tsdkd.memory import padded_vocab_size
-from nemo_tsdkd.metrics import save_provenance
+from nemo_tsdkd.metrics import RunWriter, save_provenance
 from nemo_tsdkd.model import Checkpoints, TSDKDModel, Vocabulary
 from nemo_tsdkd.objective import check_rules
 from nemo_tsdkd.precision import check_engine, model_settings, plugin_settings
@@ -46,7 +47,12 @@ def train(config: TrainConfig) -> None:
     check_engine(config)
     run_dir = Path(config.run_dir)
     with process_group():
-        data, model = build_data(config), build_model(config, run_dir)  # the data first: they fail sooner
+        checkpoint = checkpoint_to_resume(run_dir)
+        if checkpoint and step_of(checkpoint) >= config.max_steps:
+            _end_again(run_dir, config, step_of(checkpoint))
+            return
+        data = build_data(config)
+        model = build_model(config, run_dir, resumes=checkpoint is not None)
         if dist.get_rank() == 0:
             save_provenance(run_dir, config)
         callbacks = [
@@ -54,7 +60,14 @@ def train(config: TrainConfig) -> None:
             SaveAndStop(run_dir, model.checkpoints.student, config.checkpoint, config.rollout.reuse),
         ]
         with full_disk_named(run_dir):
-            build_trainer(config, callbacks).fit(model, datamodule=data, ckpt_path=checkpoint_to_resume(run_dir))
+            build_trainer(config, callbacks).fit(model, datamodule=data, ckpt_path=checkpoint)
+
+
+def _end_again(run_dir: Path, config: TrainConfig, step: int) -> None:
+    """Leave what a run leaves at its end: an attempt may have been killed between its last checkpoint and that."""
+    if dist.get_rank() == 0:
+        RunWriter(run_dir, config.max_steps, progress=False, resume_step=step).close({"steps": step, "finished": True})
+        mark_finished(run_dir)
 
 
 @contextmanager
@@ -77,7 +90,7 @@ def build_data(config: TrainConfig) -> SampleModule:
     return SampleModule(PromptDataset.load(config.data, tokenizer, need_response=config.rollout.lmbda < 1), config)
 
 
-def build_model(config: TrainConfig, run_dir: Path) -> TSDKDModel:
+def build_model(config: TrainConfig, run_dir: Path, resumes: bool = False) -> TSDKDModel:
     cache = run_dir / "imported"
     student, teacher = resolve(config.student.path, cache), resolve(config.teacher.path, cache)
     student_config, teacher_config = gpt_config(student), gpt_config(teacher)
@@ -94,7 +107,12 @@ def build_model(config: TrainConfig, run_dir: Path) -> TSDKDModel:
     )
     student_config.vocab_size = teacher_config.vocab_size = width
     return TSDKDModel(
-        student_config, config, Checkpoints(student, teacher, teacher_config), vocabulary, build_optimizer(config)
+        student_config,
+        config,
+        Checkpoints(student, teacher, teacher_config),
+        vocabulary,
+        build_optimizer(config),
+        resumes,
     )
 
 

@@ -90,7 +90,7 @@ def test_a_nan_stops_every_rank_and_says_where(world_size, parallel, root, tmp_p
     config.checkpoint.every_n_steps = 1
     errors = ranks.run_ranks(train_with_nan, world_size, config)
     assert all("step 2: " in e and "loss = nan" in e for e in errors), errors
-    assert any("in the micro-batch of samples [" in e for e in errors), errors
+    assert all("(rank " in e and "in the micro-batch of samples [" in e for e in errors), errors
     assert newest_whole(tmp_path) == step_folder(tmp_path, 1)
 
 
@@ -119,6 +119,28 @@ def test_a_signal_to_one_rank_saves_and_stops_all_and_the_run_goes_on(root, tmp_
     assert not (tmp_path / "FINISHED").exists()
     ranks.run_ranks(train_with_signal, 2, config, 1, -1)
     assert (tmp_path / "FINISHED").exists() and (tmp_path / "last_step").read_text() == "5\n"
+
+
+def write_after_a_signal_to_all() -> str:
+    """Start the writers' process as on a GPU, send SIGUSR1 to every process of this rank, and use it."""
+    import multiprocessing
+
+    from nemo_tsdkd.megatron import saving
+
+    seen = []
+    signal.signal(signal.SIGUSR1, lambda *_: seen.append("signal"))
+    queues = []
+    saving.filesystem_async._get_write_results_queue = lambda: queues.append(
+        multiprocessing.get_context("spawn").Manager().Queue()
+    )
+    saving.start_writers_queue()
+    os.killpg(0, signal.SIGUSR1)
+    queues[0].put("written")
+    return " ".join([*seen, queues[0].get(timeout=30)])
+
+
+def test_the_signal_that_asks_for_a_checkpoint_spares_the_process_that_a_checkpoint_needs():
+    assert ranks.run_ranks(write_after_a_signal_to_all, 1) == ["signal written"]
 
 
 def shared_out() -> list[list[int]]:

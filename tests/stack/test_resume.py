@@ -1,6 +1,7 @@
 """A run that was killed and resumed cannot be told from one that never was."""
 
 import contextlib
+import json
 import math
 import random
 import subprocess
@@ -77,7 +78,16 @@ def test_a_finished_run_goes_on_with_more_steps_and_the_new_configuration_s_lear
     config = tiny_run.config(root, tmp_path, 1)
     config.max_steps, config.optim.warmup_steps = 4, 1
     train(config)
+    for name in ("FINISHED", "summary.json"):  # as if killed right after the last checkpoint
+        (tmp_path / name).unlink()
+    assert len(train(config).metrics) == 4
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"steps": 4, "finished": True}
     (tmp_path / "FINISHED").unlink()
+    config.seed += 1
+    config.max_steps = 6
+    with pytest.raises(AssertionError, match=f"seed = {config.seed}: this run began with {config.seed - 1}"):
+        train(config)
+    config.seed -= 1
     config.max_steps, config.optim.lr, config.optim.weight_decay = 6, 5e-4, 0.1
     rows = train(config).metrics
     cosine = [0.5 * (1 + math.cos(math.pi * n / 5)) for n in (3, 4)]  # of 5 steps behind the warm-up

@@ -16,6 +16,7 @@ from nemo_tsdkd.integrity import (
     describe,
     find_damage,
     has_manifest,
+    make_room,
     newest_whole,
     retain,
     seal,
@@ -92,21 +93,49 @@ def test_retention(tmp_path):
     for step in range(1, 9):
         write(tmp_path, step)
     write(tmp_path, 10, sealed=False)  # a save that was killed
-    retain(tmp_path, keep_last=2, keep_every=3)
+    retain(tmp_path, 8, keep_last=2, keep_every=3)
     assert names(tmp_path) == ["step_3", "step_6", "step_7", "step_8"]
 
 
 def test_retention_keeps_the_only_whole_one(tmp_path):
     write(tmp_path, 1)
     write(tmp_path, 2, sealed=False)
-    retain(tmp_path, keep_last=1)
+    retain(tmp_path, 1, keep_last=1)
     assert names(tmp_path) == ["step_1"]
+
+
+def test_retention_keeps_what_was_just_sealed_and_drops_the_damaged_one_it_came_from_before(tmp_path):
+    write(tmp_path, 50), write(tmp_path, 100)
+    (step_folder(tmp_path, 100) / "state.json").write_text("damaged")
+    write(tmp_path, 73)  # resumed from 50, saved early
+    retain(tmp_path, 73, keep_last=1)
+    assert names(tmp_path) == ["step_73"] and newest_whole(tmp_path) == step_folder(tmp_path, 73)
+
+
+def test_room_is_made_of_what_killed_saves_left(tmp_path):
+    write(tmp_path, 50), write(tmp_path, 60, sealed=False), write(tmp_path, 70), write(tmp_path, 80, sealed=False)
+    make_room(tmp_path, 70)
+    assert names(tmp_path) == ["step_50"]
+
+
+def test_a_file_that_cannot_be_read_is_damage_not_the_end(tmp_path, monkeypatch):
+    older, newer = write(tmp_path, 1), write(tmp_path, 2)
+    read = integrity.digests
+
+    def bad_disk(paths):
+        if newer in paths[0].parents:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(paths)
+
+    monkeypatch.setattr(integrity, "digests", bad_disk)
+    assert find_damage(newer) == "it cannot be read ([Errno 5] Input/output error)"
+    assert newest_whole(tmp_path) == older
 
 
 def test_a_removal_that_is_killed_leaves_nothing_that_counts(tmp_path, monkeypatch):
     write(tmp_path, 1), write(tmp_path, 2)
     monkeypatch.setattr(integrity.shutil, "rmtree", lambda folder: (folder / "state.json").unlink())
-    retain(tmp_path, keep_last=1)
+    retain(tmp_path, 2, keep_last=1)
     assert newest_whole(tmp_path) == step_folder(tmp_path, 2)
     assert find_damage(step_folder(tmp_path, 1)) == "it was not written to its end (no manifest)"
 

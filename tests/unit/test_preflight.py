@@ -101,9 +101,13 @@ def test_models_larger_than_the_gpu(config, monkeypatch):
 
 
 def test_another_megatron_than_the_one_that_works_is_named(monkeypatch):
-    monkeypatch.setattr(probes, "version", lambda package: {"megatron-core": "0.16.1"}.get(package, "2.7.3"))
-    with pytest.raises(ValueError, match=r"megatron-core is 0\.16\.1, but must be 0\.15\."):
-        probes.check_versions()
+    found = {"nemo_toolkit": "2.7.3", "megatron-core": "0.15.3", "numpy": "1.26.4"}
+    monkeypatch.setattr(probes, "version", found.__getitem__)
+    probes.check_versions()
+    for package, other in (("megatron-core", "0.16.1"), ("numpy", "2.1.0")):
+        monkeypatch.setattr(probes, "version", {**found, package: other}.__getitem__)
+        with pytest.raises(ValueError, match=rf"{package} is {other}, but must be "):
+            probes.check_versions()
 
 
 def test_a_node_that_does_not_see_the_run_folder(tmp_path):
