@@ -155,6 +155,16 @@ def test_a_container_gets_the_image_and_the_folders(lab, stand_in):
     assert f"mounts=/d:/d,{ROOT}:{ROOT},{job.run_dir}:{job.run_dir}" in calls(job, "train")[0]
 
 
+def test_an_evaluation_gets_its_options_and_mounts(lab, stand_in):
+    (stand_in / "run").mkdir()
+    fields = {"MODEL": str(stand_in), "OUTPUT": f"{stand_in}/scores/a.json", "CONTAINER_IMAGE": "image.sqsh"}
+    job = Job.submit("evaluate.sh", stand_in / "run", "--", "--allow-code-execution", flags=("--nodes=1",), **fields)
+    job.wait_end("COMPLETED")
+    (call,) = calls(job, "evaluate")
+    assert call.startswith(f"evaluate --model {stand_in} --tasks paper --output {stand_in}/scores/a.json --allow-code")
+    assert f"{stand_in}:{stand_in},{stand_in}/scores:{stand_in}/scores" in call
+
+
 def test_an_environment_that_sbatch_did_not_export_reaches_the_tasks(lab, stand_in):
     exported = f"--export=NONE,RUN_DIR={stand_in / 'run'},PATH={os.environ['PATH']}"
     job = Job.submit(SCRIPT, stand_in / "run", flags=(*TWO_BY_TWO, exported))

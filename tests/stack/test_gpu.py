@@ -77,6 +77,17 @@ def test_training_learns_and_follows_fp32(precision, tolerance, root, tmp_path):
     assert (losses[precision] == losses["bf16"]) == (precision == "bf16")
 
 
+def test_a_run_goes_on_from_its_checkpoint(root, tmp_path):
+    losses = {}
+    for name, parts in {"whole": (4,), "in parts": (2, 4)}.items():
+        config = tiny_run.config(root, tmp_path / name, 1)
+        config.optim.min_lr = config.optim.lr  # the schedule of two steps is that of four
+        for config.max_steps in parts:
+            (tmp_path / name / "FINISHED").unlink(missing_ok=True)
+            losses[name] = [step["loss"] for step in ranks.run_ranks(train_steps, 1, config, meet=False)[0]]
+    assert losses["in parts"] == pytest.approx(losses["whole"], rel=1e-4)  # attention's backward adds in any order
+
+
 def test_a_model_exported_on_the_gpu_is_the_imported_one(root, tmp_path):
     """Transformer Engine's layers begin on the meta device; `root`'s import went the other way on this GPU."""
     from safetensors.torch import load_file

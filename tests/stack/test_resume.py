@@ -215,7 +215,7 @@ def export_error(checkpoint: Path, output: Path) -> str:
 def test_a_run_is_exported_from_its_newest_whole_checkpoint(configure, tmp_path):
     from safetensors.torch import load_file
 
-    run_dir = tmp_path / "run"
+    run_dir = tmp_path / "checkpoints" / "run"  # a user's folder may have the name that a run's has
     config = configure(run_dir, "tp2_pp2")
     config.max_steps, config.checkpoint.every_n_steps = 2, 1
     train(config)
