@@ -41,6 +41,12 @@ def import_one(arguments: list[str]) -> None:
     import_main(arguments)
 
 
+def export(checkpoint: Path, to: str, output: Path) -> None:
+    from nemo_tsdkd.convert import export_main
+
+    export_main(["--checkpoint", str(checkpoint), "--to", to, "--output", str(output)])
+
+
 def config(root: Path, run_dir: Path, world_size: int, *, lmbda: float = 0.0, **parallel: int | bool) -> TrainConfig:
     """Five fp32 steps of 8 sequences over the models that `prepare` left in `root`."""
     c = TrainConfig(run_dir=str(run_dir), max_steps=5, global_batch_size=8, micro_batch_size=2, progress_bar=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import ranks
 import tiny_hf
+import tiny_run
 import torch
 
 TEXT = "Ann has 3 boxes with 12 eggs each."
@@ -35,12 +36,6 @@ def import_hf(source: Path, output: Path) -> None:
     from nemo_tsdkd.convert import import_main
 
     import_main(["--source", str(source), "--output", str(output)])
-
-
-def export(checkpoint: Path, to: str, output: Path) -> None:
-    from nemo_tsdkd.convert import export_main
-
-    export_main(["--checkpoint", str(checkpoint), "--to", to, "--output", str(output)])
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +151,7 @@ def test_an_import_and_its_export_are_the_source(name, folders, tmp_path):
     from safetensors.torch import load_file
 
     hf, nemo = folders(name)
-    ranks.run_ranks(export, 1, nemo, "hf", tmp_path / "hf", meet=False)
+    ranks.run_ranks(tiny_run.export, 1, nemo, "hf", tmp_path / "hf", meet=False)
     source, back = load_file(hf / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
     assert source.keys() == back.keys()
     assert all(torch.equal(source[key], back[key]) and source[key].dtype == back[key].dtype for key in source)
@@ -175,7 +170,7 @@ def export_from_meta(checkpoint: Path, to: str, output: Path) -> None:
         self.module.decoder.to("meta")
 
     llm.GPTModel.configure_model = configure_on_meta
-    export(checkpoint, to, output)
+    tiny_run.export(checkpoint, to, output)
 
 
 @pytest.mark.parametrize("to", ["hf", "nemo"])
@@ -195,8 +190,8 @@ def test_logits_agree_between_source_layout_nemo_and_hf(name, layout, folders, t
     tp, pp = LAYOUTS[layout]
     vocab_size = MODELS[name].get("vocab_size", 330)
     in_layout = ranks.run_ranks(reshard, tp * pp, nemo, tp, pp, 512, tmp_path / "trained")[-1]
-    ranks.run_ranks(export, 1, tmp_path / "trained", "nemo", tmp_path / "nemo", meet=False)
-    ranks.run_ranks(export, 1, tmp_path / "trained", "hf", tmp_path / "hf", meet=False)
+    ranks.run_ranks(tiny_run.export, 1, tmp_path / "trained", "nemo", tmp_path / "nemo", meet=False)
+    ranks.run_ranks(tiny_run.export, 1, tmp_path / "trained", "hf", tmp_path / "hf", meet=False)
     expected = hf_logits(hf)
     assert in_layout.shape[-1] == 512 and expected.shape[-1] == vocab_size
     assert_equal_up_to_rounding(in_layout[..., :vocab_size], expected)
@@ -220,7 +215,7 @@ def test_an_export_is_a_complete_hugging_face_folder(folders, tmp_path):
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     hf, nemo = folders("qwen2_tied_bf16")
-    ranks.run_ranks(export, 1, nemo, "hf", tmp_path / "hf", meet=False)
+    ranks.run_ranks(tiny_run.export, 1, nemo, "hf", tmp_path / "hf", meet=False)
     source, back = AutoTokenizer.from_pretrained(hf), AutoTokenizer.from_pretrained(tmp_path / "hf")
     messages = [{"role": "user", "content": TEXT}]
     assert back.apply_chat_template(messages) == source.apply_chat_template(messages)

@@ -92,18 +92,12 @@ def test_a_model_exported_on_the_gpu_is_the_imported_one(root, tmp_path):
     """Transformer Engine's layers begin on the meta device; `root`'s import went the other way on this GPU."""
     from safetensors.torch import load_file
 
-    ranks.run_ranks(export, 1, root / "student", tmp_path / "hf", meet=False)
+    ranks.run_ranks(tiny_run.export, 1, root / "student", "hf", tmp_path / "hf", meet=False)
     source, back = (
         load_file(root / "hf_student" / "model.safetensors"),
         load_file(tmp_path / "hf" / "model.safetensors"),
     )
     assert source.keys() == back.keys() and all(torch.equal(source[name], back[name]) for name in source)
-
-
-def export(checkpoint: Path, output: Path) -> None:
-    from nemo_tsdkd.convert import export_main
-
-    export_main(["--checkpoint", str(checkpoint), "--to", "hf", "--output", str(output)])
 
 
 def test_rollouts_run_on_the_gpu(root, tmp_path):

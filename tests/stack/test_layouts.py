@@ -7,6 +7,7 @@ import pytest
 import ranks
 import tiny_run
 import torch
+from interruptions import TIMES
 
 from nemo_tsdkd.config import TrainConfig
 
@@ -19,7 +20,6 @@ LAYOUTS = {
     "tp2_pp2": (4, {TP: 2, PP: 2}),
     "tp2_pp2_sp": (4, {TP: 2, PP: 2, SP: True}),
 }
-TIMES = ("rollout_s", "teacher_s", "student_s", "tokens_per_s")
 
 
 def run(config: TrainConfig) -> tuple[list[dict], dict[str, torch.Tensor]]:

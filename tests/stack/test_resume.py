@@ -193,12 +193,6 @@ def test_three_kills_at_random_moments_change_nothing(configure, uninterrupted, 
     assert same(outcome, uninterrupted())
 
 
-def export(checkpoint: Path, to: str, output: Path) -> None:
-    from nemo_tsdkd.convert import export_main
-
-    export_main(["--checkpoint", str(checkpoint), "--to", to, "--output", str(output)])
-
-
 def embedding(checkpoint: Path) -> torch.Tensor:
     from megatron.core import dist_checkpointing
 
@@ -208,7 +202,7 @@ def embedding(checkpoint: Path) -> torch.Tensor:
 
 def export_error(checkpoint: Path, output: Path) -> str:
     with pytest.raises(ValueError) as error:
-        export(checkpoint, "hf", output)
+        tiny_run.export(checkpoint, "hf", output)
     return str(error.value)
 
 
@@ -220,7 +214,7 @@ def test_a_run_is_exported_from_its_newest_whole_checkpoint(configure, tmp_path)
     config.max_steps, config.checkpoint.every_n_steps = 2, 1
     train(config)
     (step_folder(run_dir, 2) / "manifest.json").unlink()
-    ranks.run_ranks(export, 1, run_dir, "hf", tmp_path / "hf", meet=False)
+    ranks.run_ranks(tiny_run.export, 1, run_dir, "hf", tmp_path / "hf", meet=False)
     first, second = (ranks.run_ranks(embedding, 1, step_folder(run_dir, step))[0] for step in (1, 2))
     exported = load_file(tmp_path / "hf" / "model.safetensors")["model.embed_tokens.weight"]
     vocab_size = 330  # of the student's source; the run padded it

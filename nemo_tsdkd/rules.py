@@ -1,0 +1,34 @@
+"""Rules that a field of the configuration may have, and the one shape of their errors; `prefix` is its section."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def require(ok: bool, name: str, value: Any, rule: str, fix: str) -> None:
+    """Raise the one shape of error a user ever sees for a bad field."""
+    if not ok:
+        raise ValueError(f"{name} = {value!r}: {rule}. {fix}")
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    require(value in allowed, name, value, f"must be one of {', '.join(map(str, allowed))}", "Choose one of these.")
+
+
+def positive(owner: Any, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        require(value > 0, f"{prefix}{name}", value, "must be greater than 0", "Give a positive number.")
+
+
+def not_negative(owner: Any, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        require(value >= 0, f"{prefix}{name}", value, "must not be negative", "Give 0 or more.")
+
+
+def share(owner: Any, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        require(0.0 <= value <= 1.0, f"{prefix}{name}", value, "must lie in [0, 1]", "Give a share between 0 and 1.")
