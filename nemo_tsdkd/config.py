@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-from nemo_tsdkd import rules
+from nemo_tsdkd import validation
 
 _DIRECT_ONLY = {"gate_rule": "identity", "indirect_kd_alpha": 0.0, "entropy_weight": 0.0}
 # The fields that a preset sets. A baseline is the paper's objective with terms switched off; the public trainer's
@@ -57,20 +57,22 @@ class ObjectiveConfig:
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Raise ValueError on the first field that breaks its rule. Selection rules are checked by their registry."""
-        rules.one_of("objective.preset", self.preset, list(PRESETS))
-        rules.one_of("objective.head", self.head, HEADS)
-        rules.share(self, "objective.", "beta", "threshold", "entropy_fraction")
-        rules.require(
+        validation.one_of("objective.preset", self.preset, list(PRESETS))
+        validation.one_of("objective.head", self.head, HEADS)
+        validation.share(self, "objective.", "beta", "threshold", "entropy_fraction")
+        validation.require(
             self.beta in (0, 1) or 1e-6 <= self.beta <= 1 - 1e-6,
             "objective.beta",
             self.beta,
             "so near to 0 or 1 fp32 cannot take the mixture's logarithm",
             f"Use {round(self.beta)}, whose limit is computed exactly.",
         )
-        rules.not_negative(self, "objective.", "indirect_kd_alpha", "direct_weight", "entropy_weight", "tile_logits")
-        rules.positive(self, "objective.", "top_k", "gate_temperature", "temperature")
+        validation.not_negative(
+            self, "objective.", "indirect_kd_alpha", "direct_weight", "entropy_weight", "tile_logits"
+        )
+        validation.positive(self, "objective.", "top_k", "gate_temperature", "temperature")
         if vocab_size is not None:
-            rules.require(
+            validation.require(
                 self.top_k <= vocab_size,
                 "objective.top_k",
                 self.top_k,
@@ -82,7 +84,7 @@ class ObjectiveConfig:
         """Raise ValueError on a field that the user set and the preset would set to something else."""
         for name, value in PRESETS[self.preset].items():
             given, default = getattr(self, name), getattr(type(self), name)
-            rules.require(
+            validation.require(
                 given in (default, value),
                 f"objective.{name}",
                 given,
@@ -106,8 +108,8 @@ class TeacherConfig(ModelConfig):
     precision: str = "bf16"  # bf16 | fp32 | fp8_tensorwise | fp8_blockwise
 
     def validate(self) -> None:
-        rules.positive(self, "teacher.", "micro_batch_size")
-        rules.one_of("teacher.offload", self.offload, OFFLOADS)
+        validation.positive(self, "teacher.", "micro_batch_size")
+        validation.one_of("teacher.offload", self.offload, OFFLOADS)
 
 
 @dataclass
@@ -138,15 +140,15 @@ class ParallelConfig:
 
     def validate(self) -> None:
         tp, pp = "tensor_model_parallel_size", "pipeline_model_parallel_size"
-        rules.positive(self, "parallel.", tp, pp, "context_parallel_size", "num_nodes", "gpus_per_node")
-        rules.require(
+        validation.positive(self, "parallel.", tp, pp, "context_parallel_size", "num_nodes", "gpus_per_node")
+        validation.require(
             self.world_size % self.model_parallel_size == 0,
             "parallel.num_nodes x parallel.gpus_per_node",
             self.world_size,
             f"must be a multiple of TP x PP x CP = {self.model_parallel_size}",
             "Give more ranks or lower one of the parallel sizes.",
         )
-        rules.require(
+        validation.require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "parallel.sequence_parallel",
             self.sequence_parallel,
@@ -175,11 +177,11 @@ class DataConfig:
     limit: int | None = None  # read the first `limit` rows only
 
     def validate(self) -> None:
-        rules.require(
+        validation.require(
             self.seq_length > 1, "data.seq_length", self.seq_length, "must hold a prompt and a response", "Raise it."
         )
         if self.limit is not None:
-            rules.positive(self, "data.", "limit")
+            validation.positive(self, "data.", "limit")
 
 
 @dataclass
@@ -195,9 +197,9 @@ class RolloutConfig:
     reuse: int = 1  # optimizer steps on one set of rollouts
 
     def validate(self) -> None:
-        rules.share(self, "rollout.", "lmbda", "top_p")
-        rules.positive(self, "rollout.", "max_new_tokens", "top_p", "batch_size", "reuse")
-        rules.not_negative(self, "rollout.", "temperature", "top_k")
+        validation.share(self, "rollout.", "lmbda", "top_p")
+        validation.positive(self, "rollout.", "max_new_tokens", "top_p", "batch_size", "reuse")
+        validation.not_negative(self, "rollout.", "temperature", "top_k")
 
 
 @dataclass
@@ -211,12 +213,14 @@ class OptimConfig:
     clip_grad: float = 1.0  # largest norm of the gradient; 0: not clipped
 
     def validate(self) -> None:
-        rules.positive(self, "optim.", "lr")
-        rules.not_negative(self, "optim.", "min_lr", "warmup_steps", "weight_decay", "clip_grad")
+        validation.positive(self, "optim.", "lr")
+        validation.not_negative(self, "optim.", "min_lr", "warmup_steps", "weight_decay", "clip_grad")
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
-            rules.require(0 <= value < 1, f"optim.{name}", value, "must lie in [0, 1)", "Give 0 or more, less than 1.")
-        rules.require(
+            validation.require(
+                0 <= value < 1, f"optim.{name}", value, "must lie in [0, 1)", "Give 0 or more, less than 1."
+            )
+        validation.require(
             self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"must not exceed optim.lr = {self.lr}", "Lower it."
         )
 
@@ -230,9 +234,9 @@ class CheckpointConfig:
     async_save: bool = False
 
     def validate(self) -> None:
-        rules.positive(self, "checkpoint.", "every_n_steps", "every_minutes", "keep_last")
-        rules.not_negative(self, "checkpoint.", "keep_every")
-        rules.require(
+        validation.positive(self, "checkpoint.", "every_n_steps", "every_minutes", "keep_last")
+        validation.not_negative(self, "checkpoint.", "keep_every")
+        validation.require(
             self.keep_every % self.every_n_steps == 0,
             "checkpoint.keep_every",
             self.keep_every,
@@ -272,16 +276,18 @@ class TrainConfig:
         Not here: selection rules (their registry), precisions (`precision.py`), what the models allow (`check.py`).
         """
         missing = list(_missing(self))
-        rules.require(not missing, ", ".join(missing), MISSING, "must be set", "Give it in the config or as key=value.")
-        rules.positive(self, "", "max_steps", "global_batch_size", "micro_batch_size")
-        rules.not_negative(self, "", "seed")
+        validation.require(
+            not missing, ", ".join(missing), MISSING, "must be set", "Give it in the config or as key=value."
+        )
+        validation.positive(self, "", "max_steps", "global_batch_size", "micro_batch_size")
+        validation.not_negative(self, "", "seed")
         parts = (self.teacher, self.objective, self.data, self.rollout, self.parallel, self.optim, self.checkpoint)
         for part in parts:
             part.validate()
         self.objective.validate_preset()
         if batch:
             self._validate_batch()
-        rules.require(
+        validation.require(
             self.optim.warmup_steps < self.max_steps,
             "optim.warmup_steps",
             self.optim.warmup_steps,
@@ -292,14 +298,14 @@ class TrainConfig:
             ("checkpoint.every_n_steps", self.checkpoint.every_n_steps),
             ("max_steps", self.max_steps),
         ):
-            rules.require(
+            validation.require(
                 steps % self.rollout.reuse == 0,
                 name,
                 steps,
                 f"must be a multiple of rollout.reuse = {self.rollout.reuse}: a checkpoint holds no rollouts",
                 f"Use {-(-steps // self.rollout.reuse) * self.rollout.reuse}.",
             )
-        rules.require(
+        validation.require(
             self.rollout.lmbda == 0 or self.rollout.max_new_tokens < self.data.seq_length,
             "rollout.max_new_tokens",
             self.rollout.max_new_tokens,
@@ -308,7 +314,7 @@ class TrainConfig:
         )
 
     def _validate_batch(self) -> None:
-        rules.require(
+        validation.require(
             self.teacher.micro_batch_size <= self.micro_batch_size,
             "teacher.micro_batch_size",
             self.teacher.micro_batch_size,
@@ -316,7 +322,7 @@ class TrainConfig:
             "Lower it.",
         )
         rows = self.micro_batch_size * self.data_parallel_size
-        rules.require(
+        validation.require(
             self.global_batch_size % rows == 0,
             "global_batch_size",
             self.global_batch_size,

@@ -13,11 +13,22 @@ MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorte
 SOURCES = [*MODULES.values(), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 
 # Lower layers know nothing of higher ones; whatever is not named here is an adapter between layers 2 and 4.
-LAYERS = {"rules": 0, "config": 0, "vocab_parallel": 1, "objective": 2, "cli": 4, "__main__": 5}
+LAYERS = {"validation": 0, "config": 0, "vocab_parallel": 1, "objective": 2, "cli": 4, "__main__": 5}
 # Besides nemo_tsdkd/megatron/: the files that stand between our step and the stack.
 ADAPTERS = {"model", "rollout", "teacher", "checkpoint", "cpu"}
 STACK = {"megatron", "nemo", "lightning", "transformer_engine"}
-WITHOUT_TORCH = ("cli", "compose", "check", "config", "convert", "folders", "launch", "memory", "precision", "rules")
+WITHOUT_TORCH = (
+    "cli",
+    "compose",
+    "check",
+    "config",
+    "convert",
+    "folders",
+    "launch",
+    "memory",
+    "precision",
+    "validation",
+)
 
 
 def imports(source: str) -> set[str]:

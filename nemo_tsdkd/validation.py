@@ -1,4 +1,4 @@
-"""Rules that a field of the configuration may have, and the one shape of their errors; `prefix` is its section."""
+"""Checks of a configuration's fields, and the one shape of their errors; `prefix` is the section a field is in."""
 
 from __future__ import annotations
 
