@@ -18,7 +18,8 @@ def test_the_flow_from_hugging_face_to_hugging_face(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "pretrained", lambda cache: pretrain.pretrained(cache, recipes))
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "left over").touch()
-    small = ["max_steps=2", "global_batch_size=4", "micro_batch_size=2", "optim.warmup_steps=0"]
+    batches = ["global_batch_size=4", "micro_batch_size=2", "teacher.micro_batch_size=2"]
+    small = ["max_steps=2", *batches, "optim.warmup_steps=0"]
     run.main(["--runs", str(tmp_path), "--problems", "4", *small])
     assert not (tmp_path / "demo" / "left over").exists()
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
