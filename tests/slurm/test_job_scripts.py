@@ -115,9 +115,9 @@ def test_a_crash_loop_stops_after_restarts_without_progress(lab, stand_in):
 
 def test_a_hang_is_requeued_before_the_limit_ends_the_job_for_good(lab, stand_in):
     job = Job.submit(SCRIPT, stand_in / "run", STAND_IN="hang", STAND_IN_STEPS="999", SAVE_SECONDS="2")
-    job.wait_for("train: logs")
-    lab("run", "scontrol", "update", f"JobId={job.id}", "TimeLimit=5")  # 300 s are left: Slurm sends the signal
-    job.wait_for("still running 2 s after the signal", 90)
+    wait_until(lambda: (job.run_dir / "calls").exists() and len(calls(job, "train")) == 4, 30, lambda: job.log)
+    lab("run", "scancel", "--batch", "--signal=USR1", job.id)  # as before a limit, which test_cluster_run.py waits for
+    job.wait_for("still running 2 s after the signal")
     job.wait_for("stopped at step 0 with status 124: requeued")
     wait_until(lambda: job.field("Restarts") == "1", 30, lambda: job.state)
     lab("run", "scancel", job.id)
