@@ -6,11 +6,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
@@ -19,7 +17,7 @@ from nemo.lightning import io
 
 from nemo_tsdkd.folders import HF_ASSETS, content_key, is_hf_folder, is_nemo_checkpoint, require_importable
 from nemo_tsdkd.megatron.hf import config_from_hf
-from nemo_tsdkd.patience import patient_group
+from nemo_tsdkd.patience import from_rank_zero
 
 _PREFIX = "module."  # NeMo's checkpoints hold the model under this name, beside optimizer state
 _LAUNCH_VARIABLES = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "SLURM_")
@@ -43,7 +41,7 @@ def resolve(path: str | Path, cache_dir: Path) -> Path:
         fix = "Give a local Hugging Face folder (config.json, *.safetensors) or a NeMo checkpoint folder"
         raise ValueError(f"{folder}: {'no model in it' if folder.is_dir() else 'no such folder'}. {fix}.")
     require_importable(folder)
-    checkpoint = Path(_on_rank_zero(lambda: str(_import_once(folder, cache_dir))))
+    checkpoint = Path(from_rank_zero(lambda: str(_import_once(folder, cache_dir))))
     _await(checkpoint)
     return checkpoint
 
@@ -106,24 +104,6 @@ def _import_once(folder: Path, cache_dir: Path) -> Path:
             tail = "\n".join(child.stdout.splitlines()[-20:])
             raise RuntimeError(f"{folder}: the import failed (exit status {child.returncode}):\n{tail}")
     return checkpoint
-
-
-def _on_rank_zero(work: Callable[[], str]) -> str:
-    """Run `work` on rank 0 and return its result, or raise its error, on every rank."""
-    if not dist.is_initialized():
-        return work()
-    group = patient_group()
-    outcome: list = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = work()
-        except Exception as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0, group=group)
-    dist.destroy_process_group(group)
-    if outcome[1] is not None:
-        raise RuntimeError(outcome[1])
-    return outcome[0]
 
 
 def _await(checkpoint: Path, seconds: float = 60) -> None:

@@ -61,9 +61,8 @@ def environment() -> Launch:
         ValueError: as `hosts`.
     """
     env = os.environ
-    if (
-        "TORCHELASTIC_RUN_ID" not in env and "SLURM_STEP_NUM_TASKS" in env
-    ):  # SLURM_NTASKS is also set outside srun, where rank 0 waits
+    # Not SLURM_NTASKS, which is also set outside srun, where rank 0 would wait for the others.
+    if "TORCHELASTIC_RUN_ID" not in env and "SLURM_STEP_NUM_TASKS" in env:
         env.update(
             RANK=env["SLURM_PROCID"],
             LOCAL_RANK=env["SLURM_LOCALID"],

@@ -18,10 +18,8 @@ GIB = 2**30
 RESERVE = 6 * GIB  # CUDA context, NCCL and cuBLAS work space, fragmentation
 BYTES_GRAD = 4
 BYTES_OPTIMIZER = {2: 12, 4: 8}  # by a weight's bytes: two fp32 moments, and beside bf16 an fp32 master weight
-FP8_STUDENT, FP8_TEACHER = (
-    2,
-    1,
-)  # bytes a layer's parameter: Transformer Engine keeps copies, for training transposed too
+# Bytes a layer's parameter of the copies that Transformer Engine keeps; for training transposed ones, too.
+FP8_STUDENT, FP8_TEACHER = 2, 1
 
 
 @dataclass(frozen=True)

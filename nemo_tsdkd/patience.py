@@ -6,14 +6,40 @@ rightly unequal: one rank imports a model, or a data-parallel rank's samples all
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 PATIENCE = timedelta(days=1)
+Result = TypeVar("Result")
 
 
 def patient_group() -> ProcessGroup:
     """A gloo group of all ranks in which a collective may take `PATIENCE`. Collective; destroyed with the world."""
     return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def from_rank_zero(work: Callable[[], Result]) -> Result:
+    """Do `work` on rank 0, however long it takes, and return its result on every rank. Collective.
+
+    Raises:
+        ValueError, RuntimeError: what rank 0 met, on every rank; the second for any error but a ValueError.
+    """
+    if not dist.is_initialized():
+        return work()
+    group = patient_group()
+    outcome: list = [None, None, RuntimeError]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1:] = str(error), ValueError if isinstance(error, ValueError) else RuntimeError
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    dist.destroy_process_group(group)
+    result, message, kind = outcome
+    if message is not None:
+        raise kind(message)
+    return result

@@ -63,7 +63,8 @@ def generate(
         while not schedule.finished:
             batch = schedule.next_pass()
             # Before the forward pass is launched: the indices' way to the device would wait for its end.
-            noise = keys[batch.sequences, [len(schedule.written[i]) for i in batch.sequences]]
+            if model.post_process:
+                noise = keys[batch.sequences, [len(schedule.written[i]) for i in batch.sequences]]
             logits = _forward(model, cache, batch, pp_group)
             if logits is not None:
                 tokens = sample(

@@ -26,11 +26,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_tsdkd.config import CheckpointConfig
 from nemo_tsdkd.integrity import describe, make_room, newest_whole, retain, seal, step_folder
-from nemo_tsdkd.patience import patient_group
+from nemo_tsdkd.patience import from_rank_zero
 
 _PROBE = 1 << 20  # bytes
-
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a cluster's request to save and leave
 
 
@@ -118,11 +116,7 @@ def _declare(run_dir: Path, step: int, config: CheckpointConfig) -> None:
 
 def checkpoint_to_resume(run_dir: Path) -> Path | None:
     """The newest whole checkpoint, the same on every rank: rank 0 reads and proves it."""
-    group = patient_group()  # to read terabytes may take rank 0 longer than NCCL waits
-    found: list[Path | None] = [newest_whole(run_dir) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0, group=group)
-    dist.destroy_process_group(group)
-    return found[0]
+    return from_rank_zero(lambda: newest_whole(run_dir))
 
 
 def random_state() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from nemo_tsdkd.data import PromptDataset, eos_token_ids, load_tokenizer, respon
 from nemo_tsdkd.megatron.generation import generate
 from nemo_tsdkd.megatron.train import process_group
 from nemo_tsdkd.memory import padded_vocab_size
-from nemo_tsdkd.patience import patient_group
+from nemo_tsdkd.patience import from_rank_zero, patient_group
 from nemo_tsdkd.rollout import Response
 from nemo_tsdkd.shards import Shards
 
@@ -58,7 +58,8 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
     with process_group():
         everyone = patient_group()
         copies = dist.get_world_size() // (tp * pp)
-        missing = _agree_on_missing(shards, config, which, len(prompts), copies)
+        # Rank 0 alone looks: on a network file system others may see shards later.
+        shards.size, missing = from_rank_zero(lambda: _claim(shards, config, which, len(prompts), copies))
         model = load_for_decoding(resolve(path, Path(config.run_dir) / "imported"), config.parallel)
         tp_group = parallel_state.get_tensor_model_parallel_group()
         pp_group = parallel_state.get_pipeline_model_parallel_group()
@@ -101,17 +102,6 @@ def _records(
     ]
 
 
-def _agree_on_missing(shards: Shards, config: TrainConfig, which: str, rows: int, copies: int) -> list[int]:
-    """The shards' size and the missing ones as rank 0 sees them: on a network file system others may see them later."""
-    outcome: list = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            shards.claim(config, which, rows, copies)
-            outcome[0] = shards.size, shards.missing(rows)
-        except ValueError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise ValueError(outcome[1])
-    shards.size, missing = outcome[0]
-    return missing
+def _claim(shards: Shards, config: TrainConfig, which: str, rows: int, copies: int) -> tuple[int | None, list[int]]:
+    shards.claim(config, which, rows, copies)
+    return shards.size, shards.missing(rows)
