@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import nemo_tsdkd.megatron  # noqa: F401  before Megatron itself: the stand-in, where there is no GPU
+
+# isort: split
 import os
 import subprocess
 import sys

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import nemo_tsdkd.megatron  # noqa: F401  before Megatron itself: the stand-in, where there is no GPU
+
+# isort: split
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +19,6 @@ from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-import nemo_tsdkd.megatron  # noqa: F401  first: the CPU stand-in, where there is no GPU
 from nemo_tsdkd.batch import MicroBatch, make_micro_batches
 from nemo_tsdkd.checkpoint import load_weights
 from nemo_tsdkd.config import TrainConfig

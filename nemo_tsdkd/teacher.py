@@ -6,6 +6,9 @@ multiplies them by the teacher's vocabulary-sharded head. So the teacher has no 
 
 from __future__ import annotations
 
+import nemo_tsdkd.megatron  # noqa: F401  before Megatron itself: the stand-in, where there is no GPU
+
+# isort: split
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
