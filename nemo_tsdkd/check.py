@@ -11,6 +11,7 @@ from nemo_tsdkd.config import DataConfig, ParallelConfig, TrainConfig
 from nemo_tsdkd.folders import HF_ASSETS, is_nemo_checkpoint, require_importable
 from nemo_tsdkd.memory import ModelShape
 from nemo_tsdkd.precision import check_names, check_shapes
+from nemo_tsdkd.shards import unwritten
 
 
 def check_setup(config: TrainConfig, batch: bool = True) -> dict[str, ModelShape]:
@@ -70,7 +71,7 @@ def check_model_fits(shape: ModelShape, parallel: ParallelConfig, which: str) ->
 
 
 def check_data(data: DataConfig) -> None:
-    """Raise ValueError unless `data.path` is a folder or a file that is there, or may be a hub data set's name."""
+    """Raise ValueError unless `data.path` is a whole folder or file, or may be a hub data set's name."""
     path = Path(data.path)
     if path.exists():
         for name in ("subset", "split"):
@@ -79,6 +80,11 @@ def check_data(data: DataConfig) -> None:
                     f"data.{name} = {getattr(data, name)!r}: only a hub data set has one, and {data.path} is local. "
                     "Leave it out."
                 )
+        if path.is_dir() and (absent := unwritten(path)):
+            raise ValueError(
+                f"data.path = {data.path!r}: `generate` has not ended, {len(absent)} files are missing ({absent[0]}). "
+                "Wait for its job, or submit it again: it goes on."
+            )
     elif path.suffix in (".jsonl", ".parquet") or path.is_absolute():
         raise ValueError(f"data.path = {data.path!r}: there is no such file. Give a .jsonl or .parquet file.")
 

@@ -1,26 +1,30 @@
-"""`nemo-tsdkd evaluate`: an exported Hugging Face folder on benchmarks of lm-evaluation-harness."""
+"""`nemo-tsdkd evaluate`: an exported Hugging Face folder on benchmarks of lm-evaluation-harness.
+
+Scores are written after each task; the same command goes on with those that are missing.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from nemo_tsdkd.compose import CONF
-from nemo_tsdkd.folders import require_importable
+from nemo_tsdkd.folders import content_key, read_json, require_importable
 
 GROUPS = CONF / "evaluate"
+KEPT = ("results", "versions", "n-shot", "n-samples")  # of what the harness returns
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Score a Hugging Face folder and write the harness's results as JSON."""
     parser = argparse.ArgumentParser(prog="nemo-tsdkd evaluate", description=main.__doc__)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder, such as `export` writes")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; an unfinished one is continued")
     parser.add_argument("--tasks", default="paper", help="a file of conf/evaluate, or task names joined by commas")
     parser.add_argument("--include-path", type=Path, help="folder of task files to use instead of the harness's")
     parser.add_argument("--limit", type=int, help="score the first N problems of each task only")
@@ -37,25 +41,53 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--include-path = {args.include_path}: no such folder. Give a folder of task YAML files.")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit = {args.limit}: must be at least 1. Leave it out to score every problem.")
-    results = evaluate(
+    scores = _begun(args)
+    tasks = [task for task in task_names(args.tasks) if task not in scores["tasks"]]
+    # Imported late, as the harness is: it brings matplotlib and TensorBoard.
+    from nemo_tsdkd.metrics import write_json
+
+    for task, results in evaluate(
         args.model,
-        task_names(args.tasks),
+        tasks,
         include_path=args.include_path,
         limit=args.limit,
         batch_size=args.batch_size,
         chat_template=not args.no_chat_template,
         allow_code_execution=args.allow_code_execution,
-    )
-    # Imported late, as the harness is: it brings matplotlib and TensorBoard.
-    from nemo_tsdkd.metrics import write_json
+    ):
+        scores["tasks"].append(task)
+        for key in KEPT:
+            scores[key] |= results[key]
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.output, scores)
+        _print(results["results"])
+    print(args.output)
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.output, results)
-    for task, scores in results["results"].items():
+
+def _begun(args: argparse.Namespace) -> dict[str, Any]:
+    """What `--output` holds of an evaluation with these settings, or an empty one."""
+    settings = {
+        "model": content_key(args.model),
+        "limit": args.limit,
+        "chat_template": not args.no_chat_template,
+        "include_path": str(args.include_path) if args.include_path else None,
+    }
+    if not args.output.exists():
+        return {"settings": settings, "tasks": [], **{key: {} for key in KEPT}}
+    scores = read_json(args.output)
+    if scores.get("settings") != settings:
+        raise ValueError(
+            f"--output = {args.output}: holds scores of {scores.get('settings')}, not of {settings}. "
+            "Choose another file, or the same settings to continue."
+        )
+    return scores
+
+
+def _print(results: dict[str, dict[str, Any]]) -> None:
+    for task, scores in results.items():
         for metric, value in scores.items():
             if isinstance(value, float) and "stderr" not in metric:
-                print(f"{task}  {metric}  {value:.4f}")
-    print(args.output)
+                print(f"{task}  {metric}  {value:.4f}", flush=True)
 
 
 def task_names(tasks: str) -> list[str]:
@@ -73,8 +105,8 @@ def evaluate(
     batch_size: str = "8",
     chat_template: bool = True,
     allow_code_execution: bool = False,
-) -> dict[str, Any]:
-    """The harness's `results`, `versions`, `n-shot` and `n-samples` for a Hugging Face folder.
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each task's name and what the harness returns for it, for a Hugging Face folder that is loaded once.
 
     Raises:
         ValueError: lm-eval is not installed, a task that the harness (or `include_path`) does not have, or one that
@@ -82,6 +114,7 @@ def evaluate(
     """
     try:
         import lm_eval
+        from lm_eval.api.registry import get_model
         from lm_eval.tasks import TaskManager
     except ImportError as e:
         raise ValueError(f"evaluation needs lm-eval ({e}): pip install 'lm-eval[hf,ifeval]==0.4.13'.") from e
@@ -94,19 +127,28 @@ def evaluate(
     check_tasks(tasks, manager, allow_code_execution)
     if allow_code_execution:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks once more
-    results = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(model), "dtype": "auto", "trust_remote_code": False},
-        tasks=list(tasks),
+    if not tasks:
+        return
+    loaded = get_model("hf")(
+        pretrained=str(model),
+        dtype="auto",
+        trust_remote_code=False,
         device="cuda" if torch.cuda.is_available() else "cpu",
         batch_size=batch_size,
-        limit=limit,
-        apply_chat_template=chat_template,
-        task_manager=manager,
-        log_samples=False,
-        confirm_run_unsafe_code=allow_code_execution,
     )
-    return {key: results[key] for key in ("results", "versions", "n-shot", "n-samples")}
+    for task in tasks:
+        yield (
+            task,
+            lm_eval.simple_evaluate(
+                model=loaded,
+                tasks=[task],
+                limit=limit,
+                apply_chat_template=chat_template,
+                task_manager=manager,
+                log_samples=False,
+                confirm_run_unsafe_code=allow_code_execution,
+            ),
+        )
 
 
 def check_tasks(tasks: Sequence[str], manager: Any, allow_code_execution: bool) -> None:

@@ -149,19 +149,21 @@ def pad_to_multiple(config: TrainConfig, on_gpu: bool) -> int:
 
 
 def check_engine(config: TrainConfig) -> None:
-    """Refuse FP8 and context parallelism where Transformer Engine, CUDA or the GPU cannot run them.
+    """Refuse FP8, context and sequence parallelism where Transformer Engine, CUDA or the GPU cannot run them.
 
     Raises:
         ValueError: naming the field, its value, the rule and the fix.
     """
+    import torch
+
+    if config.parallel.sequence_parallel and torch.cuda.is_available():  # on the CPU, cpu.py stands in
+        _require_engine("parallel.sequence_parallel = True", "Megatron's own norm has none", "false")
     if (cp := config.parallel.context_parallel_size) > 1:
         _require_engine(f"parallel.context_parallel_size = {cp}", "Megatron's own attention has none", "1")
     for field, name in (("precision.name", config.precision.name), ("teacher.precision", config.teacher.precision)):
         if name not in FP8:
             continue
         _require_engine(f"{field} = {name!r}", "Megatron would train bf16 without saying so", "bf16")
-        import torch
-
         cuda = tuple(int(n) for n in (torch.version.cuda or "0.0").split(".")[:2])
         if torch.cuda.get_device_capability() < (9, 0):
             raise ValueError(f"{field} = {name!r}: needs a Hopper GPU (compute capability 9.0) or newer. Use bf16.")

@@ -54,6 +54,7 @@ class Shards:
             "rollout": {name: rollout[name] for name in _ROLLOUT},
             "seed": config.seed,
             "shards": {"format": self.format, "size": self.size},
+            "rows": rows,
         }
         for name, value in written.items():
             if settings[name] != value:
@@ -90,6 +91,16 @@ class Shards:
         sync(partial)
         partial.rename(path)
         sync(self.folder)
+
+
+def unwritten(folder: Path) -> list[str]:
+    """Names of the files that an unfinished folder of responses lacks; none for a folder of other data."""
+    path = folder / _SETTINGS
+    settings = read_json(path) if path.exists() else {}
+    if not settings.keys() >= {"shards", "rows"}:
+        return []
+    shards = Shards(folder, **settings["shards"])
+    return [shards._path(shard).name for shard in shards.missing(settings["rows"])]
 
 
 def _even_size(rows: int, copies: int) -> int:

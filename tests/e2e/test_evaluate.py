@@ -47,6 +47,7 @@ def task_folder(tmp_path_factory):
     )
     files = {"data_files": {"test": str(folder / "problems.jsonl")}}
     (folder / "chains.yaml").write_text(yaml.safe_dump({**TASK_FILE, "dataset_kwargs": files}))
+    (folder / "again.yaml").write_text(yaml.safe_dump({**TASK_FILE, "task": "again", "dataset_kwargs": files}))
     (folder / "code.yaml").write_text(
         yaml.safe_dump({**TASK_FILE, "task": "code", "dataset_kwargs": files, "unsafe_code": True})
     )
@@ -72,6 +73,31 @@ def test_limit_takes_the_first_problems(model, task_folder, tmp_path):
     results = run(model, task_folder, tmp_path / "results.json", "--tasks", "chains", "--limit", 3)
     assert results["results"]["chains"]["exact_match,answer"] == 1.0
     assert results["n-samples"]["chains"]["effective"] == 3
+
+
+def test_an_evaluation_that_was_cut_off_goes_on_with_the_tasks_that_are_missing(
+    model, task_folder, tmp_path, monkeypatch
+):
+    import lm_eval
+
+    whole = run(model, task_folder, tmp_path / "whole.json", "--tasks", "chains,again")
+    simple_evaluate, asked = lm_eval.simple_evaluate, []
+
+    def preempted_in_the_second(**arguments):
+        asked.extend(arguments["tasks"])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return simple_evaluate(**arguments)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", preempted_in_the_second)
+    output = tmp_path / "cut.json"
+    with pytest.raises(KeyboardInterrupt):
+        run(model, task_folder, output, "--tasks", "chains,again")
+    assert json.loads(output.read_text())["tasks"] == ["chains"]
+    assert run(model, task_folder, output, "--tasks", "chains,again") == whole
+    assert asked == ["chains", "again", "again"]
+    with pytest.raises(ValueError, match="holds scores of .*'limit': None.*, not of .*'limit': 1"):
+        run(model, task_folder, output, "--tasks", "chains", "--limit", 1)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from slurm_lab import TWO_BY_TWO, Job, wait_until
 from nemo_tsdkd.folders import is_nemo_checkpoint
 
 SCRIPT = "tsdkd_14b_to_1.5b.sh"
-STEPS = 40
+STEPS = 32
 TINY = (
     *(f"max_steps={STEPS}", "global_batch_size=8", "micro_batch_size=2", "teacher.micro_batch_size=2"),
     *("data.seq_length=96", "rollout.max_new_tokens=16", "rollout.batch_size=8"),
@@ -191,7 +191,8 @@ def test_the_teacher_writes_data_that_training_reads(lab, root):
     output = root / "responses"
     # The container's runtime sets a rank's variables half: lab.sh's pyxis does as NVIDIA's.
     fields = {"OUTPUT": str(output), "CONTAINER_IMAGE": "image.sqsh", **inputs(root)}
-    job = Job.submit("generate_teacher_data.sh", root / "gen", "--", *TINY, **fields)
+    flags = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
+    job = Job.submit("generate_teacher_data.sh", root / "gen", "--", *TINY, flags=flags, **fields)
     job.wait_end("COMPLETED", 240)
     rows = [json.loads(line) for path in sorted(output.glob("*.jsonl")) for line in path.read_text().splitlines()]
     assert len(rows) == 37 and all(row["response"] for row in rows)

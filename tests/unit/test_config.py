@@ -79,6 +79,7 @@ def test_overrides_and_groups():
     config = compose_config("demo", [*PATHS, "objective=gkd", "objective.beta=0.25", "data.limit=5", "rollout.lmbda=1"])
     assert (config.objective.preset, config.objective.beta, config.data.limit) == ("gkd", 0.25, 5)
     assert config.rollout.lmbda == 1.0 and config.parallel.world_size == 4
+    config.validate()  # what the demo sets of the objective does not stand in a preset's way
 
 
 def test_a_folder_of_ones_own_builds_on_conf(tmp_path):

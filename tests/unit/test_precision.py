@@ -68,6 +68,16 @@ def test_fp8_without_transformer_engine_is_an_error(field, monkeypatch):
     precision.check_engine(config())  # bf16 does not need it
 
 
+def test_sequence_parallelism_on_a_gpu_without_transformer_engine_is_an_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
+    c = config(tp=2, sequence_parallel=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    precision.check_engine(c)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"parallel\.sequence_parallel = True: needs Transformer Engine"):
+        precision.check_engine(c)
+
+
 @pytest.mark.parametrize(
     ("capability", "cuda", "name", "why"),
     [((8, 0), "12.9", "fp8_tensorwise", "Hopper"), ((9, 0), "12.8", "fp8_blockwise", r"CUDA 12\.9, found 12\.8")],

@@ -93,10 +93,14 @@ def test_the_trainer_reads_the_tokens_that_were_sampled(tmp_path, monkeypatch, f
         for i, (ids, truncated) in enumerate(written)
     ]
     shards = Shards(tmp_path / "out", format, 2)
-    shards.claim(config(), "teacher", 10, 2)
+    shards.claim(config(), "teacher", len(records), 2)
     shards.write(0, records[:2])
-    shards.write(1, records[2:])
     data = DataConfig(path=str(tmp_path / "out"), seq_length=64)
+    with pytest.raises(
+        ValueError, match=rf"`generate` has not ended, 1 files are missing \(responses-00001\.{format}\)"
+    ):
+        PromptDataset.load(data, tokenizer, need_response=True)
+    shards.write(1, records[2:])
     read = PromptDataset.load(data, tokenizer, need_response=True)
     assert [sample.response_ids for sample in read] == [ids for ids, _ in written]
     assert read.rows["prompt"][:] == ["Ann has 0", "Ann has 1", "Ann has 2"]
