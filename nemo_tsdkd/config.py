@@ -119,7 +119,7 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
-    sequence_parallel: bool = False
+    sequence_parallel: bool = False  # norms and dropout on 1 / TP of a sequence's tokens
     num_nodes: int = 1
     gpus_per_node: int = 1  # ranks on a node; processes where there is no GPU
 
@@ -173,7 +173,7 @@ class DataConfig:
     prompt_column: str = "prompt"
     response_column: str = "response"
     seq_length: int = 2048  # prompt + response; longer prompts are dropped and counted
-    apply_chat_template: bool = True
+    apply_chat_template: bool = True  # the tokenizer's; off: prompts are taken as they are
     limit: int | None = None  # read the first `limit` rows only
 
     def validate(self) -> None:
@@ -189,7 +189,7 @@ class RolloutConfig:
     """lmbda is the chance that a batch is written by the student (on-policy) instead of read from the data."""
 
     lmbda: float = 1.0
-    max_new_tokens: int = 1024
+    max_new_tokens: int = 1024  # of a response
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
@@ -204,8 +204,8 @@ class RolloutConfig:
 
 @dataclass
 class OptimConfig:
-    lr: float = 1e-5
-    min_lr: float = 0.0
+    lr: float = 1e-5  # reached after a linear warm-up
+    min_lr: float = 0.0  # the end of the cosine from `lr`, at max_steps
     warmup_steps: int = 0
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
@@ -227,11 +227,11 @@ class OptimConfig:
 
 @dataclass
 class CheckpointConfig:
-    every_n_steps: int = 100
+    every_n_steps: int = 100  # optimizer steps
     every_minutes: float = 30.0  # saves as well when so much time has passed: what a failure may cost at long steps
     keep_last: int = 2  # newest checkpoints kept
     keep_every: int = 0  # besides these, one each so many steps is kept for good; 0: none
-    async_save: bool = False
+    async_save: bool = False  # write in the background while training goes on
 
     def validate(self) -> None:
         validation.positive(self, "checkpoint.", "every_n_steps", "every_minutes", "keep_last")
@@ -251,8 +251,8 @@ class TrainConfig:
 
     run_dir: str = MISSING
     max_steps: int = 1000
-    global_batch_size: int = 64
-    micro_batch_size: int = 1
+    global_batch_size: int = 64  # sequences of an optimizer step, over all ranks
+    micro_batch_size: int = 1  # sequences of one forward and backward pass on a rank
     seed: int = 1234
     progress_bar: bool = True
     student: ModelConfig = field(default_factory=ModelConfig)

@@ -96,7 +96,7 @@ def test_an_evaluation_that_was_cut_off_goes_on_with_the_tasks_that_are_missing(
     assert json.loads(output.read_text())["tasks"] == ["chains"]
     assert run(model, task_folder, output, "--tasks", "chains,again") == whole
     assert asked == ["chains", "again", "again"]
-    with pytest.raises(ValueError, match="holds scores of .*'limit': None.*, not of .*'limit': 1"):
+    with pytest.raises(ValueError, match=r"holds scores of .*'limit': None.*, not of .*'limit': 1"):
         run(model, task_folder, output, "--tasks", "chains", "--limit", 1)
 
 

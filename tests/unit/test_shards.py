@@ -96,9 +96,7 @@ def test_the_trainer_reads_the_tokens_that_were_sampled(tmp_path, monkeypatch, f
     shards.claim(config(), "teacher", len(records), 2)
     shards.write(0, records[:2])
     data = DataConfig(path=str(tmp_path / "out"), seq_length=64)
-    with pytest.raises(
-        ValueError, match=rf"`generate` has not ended, 1 files are missing \(responses-00001\.{format}\)"
-    ):
+    with pytest.raises(ValueError, match=rf"`generate` has not ended, 1 files .*responses-00001\.{format}"):
         PromptDataset.load(data, tokenizer, need_response=True)
     shards.write(1, records[2:])
     read = PromptDataset.load(data, tokenizer, need_response=True)
