@@ -29,7 +29,7 @@ def check_setup(config: TrainConfig, batch: bool = True) -> dict[str, ModelShape
     check_names(config)
     shapes = {}
     for which, path in (("student", Path(config.student.path)), ("teacher", Path(config.teacher.path))):
-        if _states_its_shape(which, path):
+        if _require_model(which, path):
             shapes[which] = shape = ModelShape.of_folder(path)
             check_model_fits(shape, config.parallel, which)
             config.objective.validate(vocab_size=shape.vocab)
@@ -89,8 +89,9 @@ def check_data(data: DataConfig) -> None:
         raise ValueError(f"data.path = {data.path!r}: there is no such file. Give a .jsonl or .parquet file.")
 
 
-def _states_its_shape(which: str, path: Path) -> bool:
-    """Whether a model's folder keeps a config.json, as all do but NeMo checkpoints from elsewhere."""
+def _require_model(which: str, path: Path) -> bool:
+    """Raise ValueError unless `path` is a model to read; else whether it keeps a config.json, as all do but NeMo
+    checkpoints from elsewhere."""
     if is_nemo_checkpoint(path):
         return (path / HF_ASSETS).is_dir()
     if not path.is_dir():

@@ -23,6 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "entropy_rule": "top_fraction",
         "gate_rule": "confidence",
         "entropy_fraction": 0.1,
+        "gate_temperature": 1.0,
     },
     "gkd": _DIRECT_ONLY,
     "forward_kl": {**_DIRECT_ONLY, "beta": 0.0},
@@ -61,10 +62,10 @@ class ObjectiveConfig:
         validation.one_of("objective.head", self.head, HEADS)
         validation.share(self, "objective.", "beta", "threshold", "entropy_fraction")
         validation.require(
-            self.beta in (0, 1) or 1e-6 <= self.beta <= 1 - 1e-6,
+            self.beta in (0, 1) or 1e-3 <= self.beta <= 1 - 1e-3,
             "objective.beta",
             self.beta,
-            "so near to 0 or 1 fp32 cannot take the mixture's logarithm",
+            "so near to 0 or 1 the divergence drowns in fp32's rounding",
             f"Use {round(self.beta)}, whose limit is computed exactly.",
         )
         validation.not_negative(
@@ -236,13 +237,7 @@ class CheckpointConfig:
     def validate(self) -> None:
         validation.positive(self, "checkpoint.", "every_n_steps", "every_minutes", "keep_last")
         validation.not_negative(self, "checkpoint.", "keep_every")
-        validation.require(
-            self.keep_every % self.every_n_steps == 0,
-            "checkpoint.keep_every",
-            self.keep_every,
-            f"must be a multiple of checkpoint.every_n_steps = {self.every_n_steps}",
-            f"Use {-(-self.keep_every // self.every_n_steps) * self.every_n_steps}.",
-        )
+        validation.multiple_of("checkpoint.keep_every", self.keep_every, self.every_n_steps, "checkpoint.every_n_steps")
 
 
 @dataclass
@@ -298,13 +293,8 @@ class TrainConfig:
             ("checkpoint.every_n_steps", self.checkpoint.every_n_steps),
             ("max_steps", self.max_steps),
         ):
-            validation.require(
-                steps % self.rollout.reuse == 0,
-                name,
-                steps,
-                f"must be a multiple of rollout.reuse = {self.rollout.reuse}: a checkpoint holds no rollouts",
-                f"Use {-(-steps // self.rollout.reuse) * self.rollout.reuse}.",
-            )
+            why = ": a checkpoint holds no rollouts"
+            validation.multiple_of(name, steps, self.rollout.reuse, "rollout.reuse", why)
         validation.require(
             self.rollout.lmbda == 0 or self.rollout.max_new_tokens < self.data.seq_length,
             "rollout.max_new_tokens",
@@ -321,14 +311,9 @@ class TrainConfig:
             f"must not exceed micro_batch_size = {self.micro_batch_size}, which the teacher reads in parts",
             "Lower it.",
         )
-        rows = self.micro_batch_size * self.data_parallel_size
-        validation.require(
-            self.global_batch_size % rows == 0,
-            "global_batch_size",
-            self.global_batch_size,
-            f"must be a multiple of micro_batch_size x DP = {self.micro_batch_size} x {self.data_parallel_size}",
-            f"Use {-(-self.global_batch_size // rows) * rows}.",
-        )
+        rows, dp = self.micro_batch_size * self.data_parallel_size, self.data_parallel_size
+        what = f"micro_batch_size x DP = {self.micro_batch_size} x {dp}"
+        validation.multiple_of("global_batch_size", self.global_batch_size, rows, what)
 
 
 def _missing(node: Any, prefix: str = "") -> Iterator[str]:

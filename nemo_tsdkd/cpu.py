@@ -41,7 +41,6 @@ def install() -> bool:
         _streams,
         _random_state,
         _barrier,
-        _pipeline_sends,
         _checkpoint_queue,
         _local_norm,
         _adam_state,
@@ -123,7 +122,7 @@ def _tensor_types() -> None:
 
 
 def _device_queries() -> None:
-    """Questions about the device get the answers of one idle H100-class GPU; memory figures are zero."""
+    """Questions about the device get the answers of one idle A100-class GPU; memory figures are zero."""
     answers = {
         "current_device": torch.device("cpu"),
         "device_count": 1,
@@ -185,13 +184,6 @@ def _barrier() -> None:
     """gloo rejects the device_ids that NeMo passes."""
     original = torch.distributed.barrier
     torch.distributed.barrier = lambda group=None, async_op=False, device_ids=None: original(group, async_op)
-
-
-def _pipeline_sends() -> None:
-    """Pipeline-parallel generation asserts tensor.is_cuda."""
-    import megatron.core.inference.communication_utils as communication
-
-    communication._is_cuda = _always(None)
 
 
 def _checkpoint_queue() -> None:

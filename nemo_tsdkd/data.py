@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from pyarrow.compute import list_value_length
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -124,8 +125,10 @@ class PromptDataset(Dataset[Sample]):
                 for source, rows in _open(config)
             ]
         )
-        prompt = np.array([len(ids) for ids in encoded["prompt_ids"]], dtype=np.int64)
-        total = prompt + np.array([len(ids) for ids in encoded["response_ids"]], dtype=np.int64)
+        prompt, response = (
+            list_value_length(encoded.data.column(name)).to_numpy() for name in ("prompt_ids", "response_ids")
+        )
+        total = prompt + response
         long_prompt = prompt > config.seq_length - 1
         keep = np.flatnonzero(~long_prompt & (total <= config.seq_length))
         dropped = len(encoded) - len(keep)

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nemo_tsdkd.compose import CONF
-from nemo_tsdkd.folders import content_key, read_json, require_importable
+from nemo_tsdkd.folders import content_key, read_json, require_importable, write_json
 
 GROUPS = CONF / "evaluate"
 KEPT = ("results", "versions", "n-shot", "n-samples")  # of what the harness returns
@@ -43,9 +43,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--limit = {args.limit}: must be at least 1. Leave it out to score every problem.")
     scores = _begun(args)
     tasks = [task for task in task_names(args.tasks) if task not in scores["tasks"]]
-    # Imported late, as the harness is: it brings matplotlib and TensorBoard.
-    from nemo_tsdkd.metrics import write_json
-
     for task, results in evaluate(
         args.model,
         tasks,
@@ -112,6 +109,8 @@ def evaluate(
         ValueError: lm-eval is not installed, a task that the harness (or `include_path`) does not have, or one that
             runs the model's code without `allow_code_execution`.
     """
+    if not tasks:
+        return
     try:
         import lm_eval
         from lm_eval.api.registry import get_model
@@ -127,8 +126,6 @@ def evaluate(
     check_tasks(tasks, manager, allow_code_execution)
     if allow_code_execution:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks once more
-    if not tasks:
-        return
     loaded = get_model("hf")(
         pretrained=str(model),
         dtype="auto",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import xxhash
 
-from nemo_tsdkd.integrity import digests
+from nemo_tsdkd.integrity import digests, write_whole
 
 # Where our NeMo checkpoints keep the source's config, tokenizer and chat template: NeMo copies a tokenizer's folder
 # into its context under the folder's own name.
@@ -84,6 +84,11 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds {type(value).__name__}, not a JSON object.")
     return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Strict JSON (NaN raises ValueError), in place at once."""
+    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _assets(folder: Path) -> list[Path]:

@@ -71,13 +71,17 @@ def has_manifest(folder: Path) -> bool:
     return (folder / _MANIFEST).is_file()
 
 
-def describe(folder: Path, part: int = 0, parts: int = 1) -> dict[str, dict[str, int | str]]:
-    """Manifest entries of every `parts`-th file, beginning with `part`: each rank reads its share.
+def contents(folder: Path) -> list[str]:
+    """Names of the files that a manifest must list. One rank looks for all: on a network file system another may not
+    yet see every file, and shares cut from unequal lists would leave some out."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST)
 
-    On a shared file system a rank so reads what others wrote: what the disk holds, not its own cache.
+
+def describe(folder: Path, names: Sequence[str]) -> dict[str, dict[str, int | str]]:
+    """Manifest entries of these files, once they are on the disk.
+
+    Each rank takes every `world_size`-th name, and so reads what others wrote: what the disk holds, not its own cache.
     """
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST)
-    names = names[part::parts]
     paths = [folder / name for name in names]
     for path in paths:
         sync(path)
@@ -87,12 +91,18 @@ def describe(folder: Path, part: int = 0, parts: int = 1) -> dict[str, dict[str,
 
 def seal(folder: Path, entries: dict[str, dict[str, int | str]]) -> None:
     """Declare a checkpoint whole: the last act of saving it, on one rank."""
-    partial = folder / f".{_MANIFEST}.partial"
-    partial.write_text(json.dumps(entries, indent=1, sort_keys=True))
-    for path in [partial, *(p for p in folder.rglob("*") if p.is_dir()), folder, folder.parent]:
+    for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder, folder.parent]:
         sync(path)
-    partial.rename(folder / _MANIFEST)
-    sync(folder)
+    write_whole(folder / _MANIFEST, json.dumps(entries, indent=1, sort_keys=True).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Put a file into its place at once and for good: readers, and crashes, leave the old content or the new."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    sync(partial)
+    partial.rename(path)
+    sync(path.parent)
 
 
 def make_room(run_dir: Path, step: int) -> None:

@@ -6,13 +6,12 @@ fragmentation come on top: RESERVE), good for choosing a layout before a queue's
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_tsdkd.config import TILE_LOGITS, TrainConfig
-from nemo_tsdkd.folders import HF_ASSETS, is_nemo_checkpoint
+from nemo_tsdkd.folders import HF_ASSETS, is_nemo_checkpoint, read_json
 
 GIB = 2**30
 RESERVE = 6 * GIB  # CUDA context, NCCL and cuBLAS work space, fragmentation
@@ -70,7 +69,7 @@ class ModelShape:
         """
         path = Path(folder, HF_ASSETS if is_nemo_checkpoint(Path(folder)) else "", "config.json")
         try:
-            c = json.loads(path.read_text())
+            c = read_json(path)
             return cls(
                 layers=c["num_hidden_layers"],
                 hidden=c["hidden_size"],
@@ -81,8 +80,8 @@ class ModelShape:
                 vocab=c["vocab_size"],
                 tied=c.get("tie_word_embeddings", False),
             )
-        except (OSError, json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{path}: no model dimensions ({error!r}). Point at a Hugging Face folder.") from None
+        except KeyError as error:
+            raise ValueError(f"{path}: has no {error}, a model's dimension. Point at a Hugging Face folder.") from None
 
 
 QWEN2_5 = {
@@ -148,15 +147,6 @@ def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Me
     layer = student_bytes * tokens * (split // tp + whole // (tp if p.sequence_parallel else 1))
     activations = student.layers // pp * in_flight * layer
 
-    columns = student.padded_vocab(tp) // tp
-    tile = min(tokens * columns, config.objective.tile_logits or TILE_LOGITS["cuda"])
-    both = student_bytes + teacher_bytes
-    loss = tile * (both + 4 * 4)  # logits of both models; four fp32 tensors while the loss is taken
-    if config.objective.head == "logits":
-        loss += both * tokens * columns  # logits of both models; the gradient takes the student's place
-    else:  # whole rows of both models; the student's gradient in fp32 and a tile's share of it; the weight's gradient
-        loss += tokens * (teacher_bytes * teacher.hidden + (2 * student_bytes + 4) * student.hidden)
-        loss += student_bytes * columns * student.hidden
     hidden = teacher_bytes * tokens * teacher.hidden // (tp if p.sequence_parallel else 1)
     teacher_hidden = hidden * micro_batches if config.teacher.offload == "none" else hidden
 
@@ -176,10 +166,26 @@ def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Me
         teacher_weights=teacher_weights - parked,
         parked_weights=parked,
         activations=activations,
-        loss=loss,
+        loss=_loss(config, tokens, student, teacher, student_bytes, teacher_bytes),
         teacher_hidden=teacher_hidden,
         kv_cache=kv_cache,
     )
+
+
+def _loss(
+    config: TrainConfig, tokens: int, student: ModelShape, teacher: ModelShape, student_bytes: int, teacher_bytes: int
+) -> int:
+    """Bytes of the objective over a micro-batch of `tokens`, beside the models' own activations."""
+    tp = config.parallel.tensor_model_parallel_size
+    columns = student.padded_vocab(tp) // tp
+    tile = min(tokens * columns, config.objective.tile_logits or TILE_LOGITS["cuda"])
+    both = student_bytes + teacher_bytes
+    tiles = tile * (both + 4 * 4)  # logits of both models; four fp32 tensors while the loss is taken
+    if config.objective.head == "logits":
+        return tiles + both * tokens * columns  # logits of both models; the gradient takes the student's place
+    # Whole rows of both models; the student's gradient in fp32 and a tile's share of it; the weight's gradient.
+    rows = tokens * (teacher_bytes * teacher.hidden + (2 * student_bytes + 4) * student.hidden)
+    return tiles + rows + student_bytes * columns * student.hidden
 
 
 def padded_vocab_size(*vocab_sizes: int, tensor_model_parallel_size: int) -> int:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import subprocess
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from nemo_tsdkd.config import TrainConfig
+from nemo_tsdkd.folders import write_json
+from nemo_tsdkd.integrity import write_whole
+from nemo_tsdkd.probes import installed_versions
 
 matplotlib.use("Agg")  # compute nodes have no display
 from matplotlib import pyplot as plt
@@ -36,7 +37,6 @@ REQUIRED = (
     *(key for _, keys in PLOTS.values() for key in keys),
     *("grad_norm", "lr", "response_tokens", "tokens_per_s"),
 )
-PACKAGES = ("torch", "megatron-core", "nemo_toolkit", "transformers", "transformer-engine", "nemo-tsdkd")
 
 
 class RunWriter:
@@ -114,20 +114,6 @@ class _Display:
         self.bar.stop()
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Strict JSON (NaN raises ValueError), in place at once: a reader sees the old file or the new one."""
-    _replace(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """The steps of a metrics.jsonl in file order, without the half line that a killed writer leaves."""
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -137,7 +123,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
 def _keep_until(path: Path, step: int) -> None:
     if path.exists():
         kept = [row for row in read_metrics(path) if row["step"] <= step]
-        _replace(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+        write_whole(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept).encode())
 
 
 def _plot(metrics: Path, folder: Path) -> None:
@@ -157,16 +143,9 @@ def save_provenance(run_dir: str | Path, config: TrainConfig) -> None:
     """Write what made the run: config.yaml (every field resolved) and versions.json (packages, git revision)."""
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
-    versions = {name: _version(name) for name in PACKAGES}
-    write_json(folder / "versions.json", {"python": platform.python_version(), **versions, "git": git_state()})
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+    versions = {"python": platform.python_version(), **installed_versions(), "git": git_state()}
+    write_json(folder / "versions.json", versions)
 
 
 def git_state(source: Path = Path(__file__)) -> dict[str, str | bool]:

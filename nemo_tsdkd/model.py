@@ -154,7 +154,11 @@ class TSDKDModel(llm.GPTModel):
 
     # Act two: the teacher reads.
     def read(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[DistillationBatch]:
-        """Micro-batches of prompts and responses; on the last stage each comes with the teacher's hidden states."""
+        """Micro-batches of prompts and responses; on the last stage each comes with the teacher's hidden states.
+
+        Raises:
+            ValueError: no sequence of the global batch has a response token.
+        """
         micro_batches = make_micro_batches(
             samples,
             [response.token_ids for response in responses],

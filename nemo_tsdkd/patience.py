@@ -22,6 +22,17 @@ def patient_group() -> ProcessGroup:
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
+def rank_zero_first(work: Callable[[], Result]) -> Result:
+    """Do `work` on rank 0 and then on all others, which find in a cache on a shared disk what it left. Collective.
+
+    Raises:
+        ValueError, RuntimeError: as `from_rank_zero`.
+    """
+    done: list[Result] = []
+    from_rank_zero(lambda: done.append(work()))
+    return done[0] if done else work()
+
+
 def from_rank_zero(work: Callable[[], Result]) -> Result:
     """Do `work` on rank 0, however long it takes, and return its result on every rank. Collective.
 

@@ -24,6 +24,7 @@ from nemo_tsdkd.check import check_ranks, check_setup
 from nemo_tsdkd.compose import add_config_arguments, config_from
 from nemo_tsdkd.config import TrainConfig
 from nemo_tsdkd.launch import Launch, environment, hosts
+from nemo_tsdkd.objective import check_rules
 from nemo_tsdkd.precision import check_engine, check_names
 
 
@@ -52,6 +53,7 @@ def main(argv: Sequence[str]) -> None:
     place = environment()
     config.validate()
     check_names(config)
+    check_rules(config.objective)
     check_ranks(config, place.world_size)
     errors = Preflight(config, place, args.timeout, args.allow_cpu).run()
     for line in errors:

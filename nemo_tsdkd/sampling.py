@@ -5,15 +5,17 @@ sample of the softmax. Each tensor-parallel rank takes the maximum of its own sh
 (score, token) per sequence. The noise is a function of the counters (seed, step, sample, position, token) and not of
 a generator's state: neither the layout nor the batch a sequence happens to share changes what it says.
 
-Shapes: `B` sequences, `V_local` this rank's columns of the padded vocabulary. `tp_group=None` means not sharded.
+Shapes: `B` sequences, `V_local` this rank's columns of the padded vocabulary. Without a `tp_group`, or with one of a
+single rank, the vocabulary is whole.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ReduceOp
+
+from nemo_tsdkd.vocab_parallel import Group, all_gather, all_reduce, group_rank
 
 # SplitMix64 (Steele, Lea, Flood 2014), written as the signed integers torch computes with: products wrap around.
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
@@ -57,42 +59,30 @@ def on_policy(seed: int, step: int, lmbda: float) -> bool:
     return uniform(fold(step_key(seed, step), _ON_POLICY)).item() < lmbda
 
 
-def _gather(x: Tensor, tp_group: ProcessGroup) -> list[Tensor]:
-    shards = [torch.empty_like(x) for _ in range(tp_group.size())]
-    dist.all_gather(shards, x.contiguous(), group=tp_group)
-    return shards
-
-
-def vocab_parallel_argmax(scores: Tensor, token_ids: Tensor, tp_group: ProcessGroup | None = None) -> Tensor:
+def vocab_parallel_argmax(scores: Tensor, token_ids: Tensor, tp_group: Group = None) -> Tensor:
     """Token ids [B] of the largest scores [B, N], whose columns are the tokens [N]; ties go to the lower token id."""
     best, column = scores.max(dim=-1)  # the first of equals
-    token = token_ids[column]
-    if tp_group is None:
-        return token
-    pairs = torch.stack(_gather(torch.stack((best.double(), token.double())), tp_group))  # [TP, 2, B]
+    pairs = all_gather(torch.stack((best.double(), token_ids[column].double())), tp_group)  # [TP, 2, B]
     winner = pairs[:, 0].argmax(dim=0, keepdim=True)
     return pairs[:, 1].gather(0, winner)[0].long()
 
 
-def keep_top_k(scores: Tensor, top_k: int, tp_group: ProcessGroup | None = None) -> Tensor:
+def keep_top_k(scores: Tensor, top_k: int, tp_group: Group = None) -> Tensor:
     """Scores [B, V_local] below the `top_k`-th largest of the whole vocabulary set to -inf; ties with it all stay."""
     candidates = scores.topk(min(top_k, scores.shape[-1])).values
-    if tp_group is not None:
-        candidates = torch.cat(_gather(candidates, tp_group), dim=-1)
+    candidates = all_gather(candidates, tp_group).transpose(0, 1).flatten(1)  # [B, TP * k]
     threshold = candidates.topk(min(top_k, candidates.shape[-1])).values[:, -1:]
     return scores.masked_fill(scores < threshold, -torch.inf)
 
 
-def keep_top_p(scores: Tensor, top_p: float, tp_group: ProcessGroup | None = None) -> Tensor:
+def keep_top_p(scores: Tensor, top_p: float, tp_group: Group = None) -> Tensor:
     """The nucleus: a token stays if all strictly likelier ones together hold less than `top_p`, else it is -inf.
 
     The threshold is found by radix selection on the scores' 32 bits: four rounds each sum the probability in 256
     buckets and descend into the one where the mass, counted from the top, passes `top_p`. Ranks exchange
     [B, 256] sums, whatever the size of the nucleus.
     """
-    peak = scores.max(dim=-1, keepdim=True).values
-    if tp_group is not None:
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=tp_group)
+    peak = all_reduce(scores.max(dim=-1, keepdim=True).values, ReduceOp.MAX, tp_group)
     mass = (scores - peak).exp().double()
     bits = (scores.float() + 0.0).view(torch.int32).long()  # + 0.0: -0.0 and 0.0 are one score
     order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + 2**31  # unsigned, in the scores' order
@@ -102,8 +92,7 @@ def keep_top_p(scores: Tensor, top_p: float, tp_group: ProcessGroup | None = Non
     for shift in (24, 16, 8, 0):
         inside = mass.masked_fill(order >> (shift + 8) != prefix, 0.0)
         buckets = mass.new_zeros(mass.shape[0], 256).scatter_add_(1, (order >> shift) & 255, inside)
-        if tp_group is not None:
-            dist.all_reduce(buckets, group=tp_group)
+        buckets = all_reduce(buckets, ReduceOp.SUM, tp_group)
         if target is None:
             target = top_p * buckets.sum(dim=-1, keepdim=True)
         over = above + buckets.flip(-1).cumsum(-1).flip(-1) - buckets  # mass over each bucket, falling from 0 to 255
@@ -122,7 +111,7 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     vocab_size: int,
-    tp_group: ProcessGroup | None = None,
+    tp_group: Group = None,
 ) -> Tensor:
     """Draw one token per sequence from vocab-parallel logits; every rank of `tp_group` gets the same tokens.
 
@@ -139,7 +128,7 @@ def sample(
     """
     # As many columns on every rank, which exchange some; what lies beyond `vocab_size` in all of them costs nothing.
     scores = logits[:, :vocab_size].float()
-    first = 0 if tp_group is None else tp_group.rank() * logits.shape[-1]
+    first = group_rank(tp_group) * logits.shape[-1]
     token_ids = torch.arange(first, first + scores.shape[-1], device=scores.device)
     if first + scores.shape[-1] > vocab_size:
         scores = scores.masked_fill(token_ids >= vocab_size, -torch.inf)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 
 from nemo_tsdkd.config import TrainConfig
 from nemo_tsdkd.folders import read_json
-from nemo_tsdkd.integrity import sync
+from nemo_tsdkd.integrity import write_whole
 
 FORMATS = ("jsonl", "parquet")
 _SETTINGS = "settings.json"
@@ -64,33 +63,28 @@ class Shards:
                 )
         if not written:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._appear(path, json.dumps(settings, indent=1).encode())
+            write_whole(path, json.dumps(settings, indent=1).encode())
 
     def missing(self, rows: int) -> list[int]:
         """Numbers of the shards of `rows` prompts that are not there yet."""
         return [shard for shard in range(-(-rows // self.size)) if not self._path(shard).exists()]
 
     def rows_of(self, shard: int, rows: int) -> range:
+        """Indices of the prompts, of `rows` in all, that one shard answers."""
         return range(shard * self.size, min((shard + 1) * self.size, rows))
 
     def write(self, shard: int, records: list[dict[str, Any]]) -> None:
+        """Put one shard into its place, whole."""
         if self.format == "jsonl":
             content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
         else:
             sink = pa.BufferOutputStream()
             pq.write_table(pa.Table.from_pylist(records), sink)
             content = sink.getvalue().to_pybytes()
-        self._appear(self._path(shard), content)
+        write_whole(self._path(shard), content)
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"responses-{shard:05}.{self.format}"
-
-    def _appear(self, path: Path, content: bytes) -> None:
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_bytes(content)
-        sync(partial)
-        partial.rename(path)
-        sync(self.folder)
 
 
 def unwritten(folder: Path) -> list[str]:

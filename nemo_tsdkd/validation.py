@@ -28,6 +28,12 @@ def not_negative(owner: Any, prefix: str, *names: str) -> None:
         require(value >= 0, f"{prefix}{name}", value, "must not be negative", "Give 0 or more.")
 
 
+def multiple_of(name: str, value: int, multiple: int, what: str, why: str = "") -> None:
+    """`what` names the multiple in the message, `why` may follow it."""
+    rule = f"must be a multiple of {what} = {multiple}{why}"
+    require(value % multiple == 0, name, value, rule, f"Use {-(-value // multiple) * multiple}.")
+
+
 def share(owner: Any, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)

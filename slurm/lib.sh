@@ -120,7 +120,9 @@ configure() { # configure [-- HYDRA_OVERRIDE...]: fills OVERRIDES, the user's ow
   done
   options_after_dashes "$@"
   OVERRIDES+=("${OPTIONS[@]}")
-  use_container "$RUN_DIR" "${DATA:-}" "${MODEL_NAME:-}" "${TEACHER_NAME:-}"
+  # A container's own cache would go with it, and every attempt would tokenize anew.
+  export HF_DATASETS_CACHE=${HF_DATASETS_CACHE:-$RUN_DIR/cache}
+  use_container "$RUN_DIR" "$HF_DATASETS_CACHE" "${DATA:-}" "${MODEL_NAME:-}" "${TEACHER_NAME:-}"
 }
 
 # ---- one-step jobs --------------------------------------------------------------------------------------------------
@@ -153,7 +155,8 @@ train() { # train CONFIG [-- HYDRA_OVERRIDE...]
   { step check --nodes=1 --ntasks=1 nemo-tsdkd check "${arguments[@]}" &&
     step preflight nemo-tsdkd preflight ${ALLOW_CPU:+--allow-cpu} "${arguments[@]}" &&
     step train nemo-tsdkd train "${arguments[@]}"; } || status=$?
-  ((status != 2)) || exit 2
+  # Bad arguments are not requeued. What an earlier attempt was started with has been good: then a disk may be missing.
+  ((status != 2 || ${SLURM_RESTART_COUNT:-0} > 0)) || exit 2
   end_attempt "$status"
 }
 

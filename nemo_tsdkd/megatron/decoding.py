@@ -14,17 +14,19 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from torch.distributed import ReduceOp
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nemo_tsdkd.megatron.gpt import HAVE_TE
 from nemo_tsdkd.rollout import Pass
+from nemo_tsdkd.vocab_parallel import all_reduce
 
 # Not cuDNN, torch's first choice on an H100: it makes a plan for each new shape, and every pass of decoding has one.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -40,6 +42,8 @@ def check_model(model: GPTModel) -> None:
         "rotary_interleaved": (config.rotary_interleaved, False),
         "window_size": (config.window_size, None),
         "softmax_type": (config.softmax_type, "vanilla"),
+        "normalization": (config.normalization, "RMSNorm"),
+        "layernorm_zero_centered_gamma": (config.layernorm_zero_centered_gamma, False),
         "virtual_pipeline_model_parallel_size": (config.virtual_pipeline_model_parallel_size, None),
     }
     for name, (value, supported) in rules.items():
@@ -155,21 +159,50 @@ def _column_parallel(module: ColumnParallelLinear, x: Tensor, weight: Tensor | N
 
 
 def _row_parallel(module: RowParallelLinear, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    out = functional.linear(x, module.weight)
-    if module.tp_group.size() > 1:
-        dist.all_reduce(out, group=module.tp_group)
+    out = all_reduce(functional.linear(x, module.weight), ReduceOp.SUM, module.tp_group)
     if module.skip_bias_add or module.bias is None:
         return out, module.bias
     return out + module.bias, None
 
 
+# Transformer Engine's linear layers: their own Python takes three times as long as the product of a few tokens.
+
+
+def _te_linear(module: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    bias = module.bias if module.use_bias else None  # it keeps an empty tensor where there is none
+    now, later = (None, bias) if module.te_return_bias else (bias, None)
+    return functional.linear(x, module.weight, now), later
+
+
+def _te_norm_linear(module: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    return _te_linear(module, functional.rms_norm(x, x.shape[-1:], module.layer_norm_weight, module.eps))
+
+
+def _te_row_parallel(module: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    out = all_reduce(functional.linear(x, module.weight), ReduceOp.SUM, module.tp_group)
+    if module.te_return_bias or not module.use_bias:
+        return out, module.bias if module.use_bias else None
+    return out + module.bias, None
+
+
+_ENGINE: dict[type, Callable[..., Any]] = {}
+if HAVE_TE:
+    from megatron.core.extensions import transformer_engine as te
+
+    _ENGINE = {
+        te.TELayerNormColumnParallelLinear: _te_norm_linear,
+        te.TEColumnParallelLinear: _te_linear,
+        te.TERowParallelLinear: _te_row_parallel,
+    }
+
 # Set on every module and config that has them. Sequence parallelism: one token cannot be split over ranks.
-# FP8: a decoding batch breaks its multiple-of-8 rule.
+# FP8: a decoding batch breaks its multiple-of-8 rule. Fused SwiGLU: an autograd function, compiled for each shape.
 _SETTINGS = {
     "sequence_parallel": False,
     "scatter_to_sequence_parallel": False,
     "reduce_scatter_embeddings": False,
     "fp8": None,
+    "bias_activation_fusion": False,
 }
 
 
@@ -182,6 +215,7 @@ def decoding(model: GPTModel, cache: KVCache) -> Iterator[None]:
         SelfAttention: partial(_attention, cache),
         ColumnParallelLinear: _column_parallel,
         RowParallelLinear: _row_parallel,
+        **_ENGINE,
     }
     owners: dict[int, Any] = {}
     forwards: dict[torch.nn.Module, Callable[..., Any]] = {}

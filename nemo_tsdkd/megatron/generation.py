@@ -10,8 +10,10 @@ from torch.distributed import ProcessGroup
 
 from nemo_tsdkd.config import RolloutConfig
 from nemo_tsdkd.megatron.decoding import KVCache, check_model, decoding
+from nemo_tsdkd.megatron.gpt import vocab_parallel_logits
 from nemo_tsdkd.rollout import Pass, Response, Schedule
 from nemo_tsdkd.sampling import fold, sample, step_key
+from nemo_tsdkd.vocab_parallel import group_size
 
 
 @torch.no_grad()
@@ -74,12 +76,12 @@ def generate(
                     top_k=config.top_k,
                     top_p=config.top_p,
                     vocab_size=vocab_size,
-                    tp_group=tp_group if tp_group is not None and tp_group.size() > 1 else None,
+                    tp_group=tp_group,
                 )
             else:
                 tokens = torch.empty(len(batch.sequences), dtype=torch.int64, device=device)
-            if pp_group is not None and pp_group.size() > 1:
-                dist.broadcast(tokens, group=pp_group, group_src=pp_group.size() - 1)
+            if group_size(pp_group) > 1:
+                dist.broadcast(tokens, group=pp_group, group_src=group_size(pp_group) - 1)
             for source, target in schedule.record(batch, tokens.tolist()):
                 cache.copy_row(source, target)
     return schedule.responses()
@@ -104,6 +106,4 @@ def _forward(model: GPTModel, cache: KVCache, batch: Pass, pp_group: ProcessGrou
     if batch.prefill:
         last = torch.tensor(batch.positions, device=device)
         hidden = hidden[last, torch.arange(n, device=device)].unsqueeze(0)
-    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
-    logits, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=False)
-    return logits[0]
+    return vocab_parallel_logits(model, hidden)[0]

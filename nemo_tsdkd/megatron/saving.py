@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_tsdkd.config import CheckpointConfig
-from nemo_tsdkd.integrity import describe, make_room, newest_whole, retain, seal, step_folder
+from nemo_tsdkd.integrity import contents, describe, make_room, newest_whole, retain, seal, step_folder, write_whole
 from nemo_tsdkd.patience import from_rank_zero
 
 _PROBE = 1 << 20  # bytes
@@ -103,14 +103,13 @@ def full_disk_named(run_dir: Path) -> Iterator[None]:
 def _declare(run_dir: Path, step: int, config: CheckpointConfig) -> None:
     folder, rank, world_size = step_folder(run_dir, step), dist.get_rank(), dist.get_world_size()
     dist.barrier()
+    names = from_rank_zero(lambda: contents(folder))
     entries: list[Any] = [None] * world_size
-    dist.all_gather_object(entries, describe(folder, rank, world_size))
+    dist.all_gather_object(entries, describe(folder, names[rank::world_size]))
     if rank == 0:
         seal(folder, {name: entry for part in entries for name, entry in part.items()})
         retain(run_dir, step, config.keep_last, config.keep_every)
-        mark = run_dir / ".last_step"
-        mark.write_text(f"{step}\n")
-        mark.replace(run_dir / "last_step")  # the job script sees progress by it
+        write_whole(run_dir / "last_step", f"{step}\n".encode())  # the job script sees progress by it
     dist.barrier()
 
 

@@ -43,8 +43,8 @@ class TSDKDStrategy(nl.MegatronStrategy):
     def sharded_state_dict_metadata(self) -> dict[str, Any]:
         """Every parameter's optimizer state under its own key and range, so that a run resumes on any layout.
 
-        NeMo's own choice, "fully_reshardable", strips the padding between gradient buckets but not from the offsets it
-        then reads at: Megatron 0.15 so shifts Adam's state of tied embeddings under pipeline parallelism.
+        What NeMo's `ckpt_optim_fully_reshardable` asks for strips the padding between gradient buckets but not from the
+        offsets it then reads at: Megatron 0.15 so shifts Adam's state of tied embeddings under pipeline parallelism.
         """
         metadata = super().sharded_state_dict_metadata
         return metadata | {"distrib_optim_sharding_type": "fully_sharded_model_space"}

@@ -29,6 +29,7 @@ from nemo_tsdkd.memory import padded_vocab_size
 from nemo_tsdkd.metrics import RunWriter, save_provenance
 from nemo_tsdkd.model import Checkpoints, TSDKDModel, Vocabulary
 from nemo_tsdkd.objective import check_rules
+from nemo_tsdkd.patience import rank_zero_first
 from nemo_tsdkd.precision import check_engine, model_settings, plugin_settings
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # as Megatron's own groups have; longer waits: `patience.py`
@@ -85,12 +86,20 @@ def process_group() -> Iterator[None]:
 
 
 def build_data(config: TrainConfig) -> SampleModule:
+    """The run's samples, tokenized. Raises ValueError where the two tokenizers differ or no row is usable."""
     tokenizer = load_tokenizer(config.student.path)
     check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.path))
-    return SampleModule(PromptDataset.load(config.data, tokenizer, need_response=config.rollout.lmbda < 1), config)
+    needs_response = config.rollout.lmbda < 1
+    data = rank_zero_first(lambda: PromptDataset.load(config.data, tokenizer, need_response=needs_response))
+    return SampleModule(data, config)
 
 
 def build_model(config: TrainConfig, run_dir: Path, resumes: bool = False) -> TSDKDModel:
+    """Both models in the run's layout and one padded vocabulary; their weights are loaded later.
+
+    Raises:
+        ValueError: a checkpoint that is none, or an objective that the vocabulary does not allow.
+    """
     cache = run_dir / "imported"
     student, teacher = resolve(config.student.path, cache), resolve(config.teacher.path, cache)
     student_config, teacher_config = gpt_config(student), gpt_config(teacher)
@@ -132,6 +141,7 @@ def set_layout(gpt: llm.GPTConfig, config: TrainConfig, arithmetic: dict[str, An
 
 
 def build_optimizer(config: TrainConfig) -> nl.MegatronOptimizerModule:
+    """Distributed Adam, its rate warmed up linearly and then a cosine down to `optim.min_lr` at the last step."""
     o, bf16 = config.optim, config.precision.name != "fp32"
     optimizer = OptimizerConfig(
         optimizer="adam",
@@ -151,6 +161,7 @@ def build_optimizer(config: TrainConfig) -> nl.MegatronOptimizerModule:
 
 
 def build_trainer(config: TrainConfig, callbacks: list[Any]) -> nl.Trainer:
+    """NeMo's trainer with our strategy; checkpoints, logs and progress are the callbacks'."""
     p, on_gpu = config.parallel, torch.cuda.is_available()
     precision = plugin_settings(config.precision.name, config.precision.first_last_layers_bf16)
     strategy = TSDKDStrategy(
@@ -160,7 +171,6 @@ def build_trainer(config: TrainConfig, callbacks: list[Any]) -> nl.Trainer:
         sequence_parallel=p.sequence_parallel,
         pipeline_dtype=precision["pipeline_dtype"],
         ckpt_async_save=config.checkpoint.async_save,
-        ckpt_optim_fully_reshardable=True,  # resume on another TP x PP x DP
         replace_progress_bar=False,
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=True,

@@ -21,7 +21,7 @@ from nemo_tsdkd.data import PromptDataset, eos_token_ids, load_tokenizer, respon
 from nemo_tsdkd.megatron.generation import generate
 from nemo_tsdkd.megatron.train import process_group
 from nemo_tsdkd.memory import padded_vocab_size
-from nemo_tsdkd.patience import from_rank_zero, patient_group
+from nemo_tsdkd.patience import from_rank_zero, patient_group, rank_zero_first
 from nemo_tsdkd.rollout import Response
 from nemo_tsdkd.shards import Shards
 
@@ -54,8 +54,8 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
     path = getattr(config, which).path
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     tokenizer = load_tokenizer(path)
-    prompts = PromptDataset.load(config.data, tokenizer)
     with process_group():
+        prompts = rank_zero_first(lambda: PromptDataset.load(config.data, tokenizer))
         everyone = patient_group()
         copies = dist.get_world_size() // (tp * pp)
         # Rank 0 alone looks: on a network file system others may see shards later.

@@ -98,7 +98,7 @@ class FusedHead:
     """Hidden states [n, H] and vocabulary-sharded weights [V_local, H] of both models.
 
     Tiles are runs of columns over all tokens, so that each weight is read once a pass and each row of the weight's
-    gradient is one matrix product. Products are taken in the weights' dtype, as Megatron's output layer takes them.
+    gradient is one matrix product. Logits are never rounded to the weights' dtype, gradients are.
 
     Attributes:
         student, teacher: hidden states; teacher's width may differ.
@@ -137,10 +137,9 @@ class FusedHead:
     def tiles(self) -> Iterator[LogitsTile]:
         dtype, everyone = compute_dtype(self.student.dtype), slice(0, self.num_tokens)
         for columns in self._columns():
-            student = self.student @ self.student_weight[columns].T
-            teacher = self.teacher @ self._teacher_rows(columns).T
-            student, teacher = (_scaled_(z.to(dtype), self.temperature) for z in (student, teacher))
-            yield everyone, columns, student, teacher
+            student = _product(self.student, self.student_weight[columns], dtype)
+            teacher = _product(self.teacher, self._teacher_rows(columns), dtype)
+            yield everyone, columns, _scaled_(student, self.temperature), _scaled_(teacher, self.temperature)
 
     def _columns(self) -> Iterator[slice]:
         if not self.num_tokens:
@@ -165,6 +164,13 @@ class FusedHead:
             torch.mm(tile.T, self.student, out=weight[columns])
             hidden += tile @ self.student_weight[columns]
         return hidden.to(self.student.dtype), weight
+
+
+def _product(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """hidden @ weight.T in `dtype`: a logit in bf16 has three digits, too few to rank a teacher's candidates by."""
+    if hidden.dtype == dtype or not hidden.is_cuda:
+        return hidden.to(dtype) @ weight.to(dtype).T
+    return torch.mm(hidden, weight.T, out_dtype=dtype)  # the same tensor cores; only what they store is wider
 
 
 def _scaled_(z: Tensor, temperature: float) -> Tensor:

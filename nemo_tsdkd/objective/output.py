@@ -17,7 +17,7 @@ class ObjectiveOutput:
 
     Attributes:
         loss: scalar with gradient, `loss_sum / num_sequences`; zero where no sequence has a response.
-        loss_sum: scalar with gradient, the sum over sequences of `alpha * indirect + direct + entropy`.
+        loss_sum: scalar with gradient, the sum over sequences of the three terms by their weights (eq. 1).
         num_sequences: int64 scalar, sequences with at least one response token.
         direct, indirect, entropy: detached scalars, each term before its weight, mean over sequences.
         metrics: detached scalars, each a sum over sequences of the sequence's mean:

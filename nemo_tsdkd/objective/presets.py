@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_tsdkd.config import PRESETS, ObjectiveConfig
-from nemo_tsdkd.objective.selection import RULES, Tokens
+from nemo_tsdkd.objective.selection import RULES, Tokens, confidence, fixed_point
 
 
 def resolve(config: ObjectiveConfig) -> ObjectiveConfig:
@@ -32,6 +32,7 @@ class TokenWeights:
 
 
 def token_weights(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
+    """Weights under a resolved config (`resolve`) whose rules are registered (`check_rules`)."""
     return _reference(tokens, config) if config.preset == "reference" else _per_sequence(tokens, config)
 
 
@@ -65,7 +66,7 @@ def _reference(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
     """
     response, entropy = tokens.response, tokens.student_entropy
     h = entropy[response]
-    running = (h.double() * 2.0**32).round().long().cumsum(0)
+    running = fixed_point(h).cumsum(0)
     opener_columns = (running < config.threshold * running[-1:].double()).sum()
     # The public trainer cuts its prompts off first: its column 0 is the row's first response position.
     begins = response & (tokens.before(response.long()) == 0)
@@ -75,7 +76,7 @@ def _reference(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
     if len(h):
         inside = (column >= 0) & (column <= column[response].max())
         uncertain = inside & (entropy >= torch.quantile(h, config.threshold))
-    gate = torch.sigmoid((entropy - tokens.teacher_entropy) / config.gate_temperature) * response
+    gate = confidence(tokens, config) * response
 
     def mean(chosen: Tensor, value: Tensor) -> Tensor:
         return value * tokens.num_sequences / chosen.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Which tokens each term trains: small rules, by name in one registry.
+"""Which tokens each term trains: small rules, by name in one registry. To add one: CONTRIBUTING.md.
 
 A rule takes the response tokens of whole sequences and the config, and returns one value per token:
 a boolean choice (the term is the mean over the chosen tokens of a sequence) or a weight (the term is the weighted
@@ -86,11 +86,15 @@ class Tokens:
         return running - running[self.first]
 
 
+def fixed_point(entropy: Tensor) -> Tensor:
+    """Nats [n] as integers whose sum is the same in every order and layout; 2^-32 nats is below fp32's error."""
+    return (entropy.double() * 2.0**32).round().long()
+
+
 @rule("cumulative_entropy")
 def cumulative_entropy(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
     """The opener: the shortest prefix that holds the share `threshold` of the response's student entropy."""
-    # Fixed point: every rank of every layout adds to the same sum, and 2^-32 nats is below fp32's error.
-    entropy = (tokens.student_entropy.double() * 2.0**32).round().long()
+    entropy = fixed_point(tokens.student_entropy)
     return tokens.is_first | (tokens.before(entropy) < config.threshold * tokens.total(entropy).double())
 
 

@@ -3,6 +3,9 @@
 # FINISHED, stop on SIGUSR1 and SIGTERM), notes how it was called in RUN_DIR/calls, and misbehaves as STAND_IN says.
 set -euo pipefail
 printf '%s image=%s mounts=%s\n' "$*" "${TEST_CONTAINER_IMAGE:-}" "${TEST_CONTAINER_MOUNTS:-}" >>"$RUN_DIR/calls"
+if [[ $1 == check && ${STAND_IN:-} == crash && ${SLURM_RESTART_COUNT:-0} -gt 0 ]]; then
+  echo "nemo-tsdkd: error: student.path: no such folder" >&2 && exit 2 # the node's disk is not mounted
+fi
 [[ $1 == train ]] || exit 0
 case ${STAND_IN:-} in
   crash) echo "RuntimeError: out of luck" >&2 && exit 3 ;;

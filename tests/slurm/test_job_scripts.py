@@ -109,6 +109,7 @@ def test_a_crash_loop_stops_after_restarts_without_progress(lab, stand_in):
     job.wait_end("FAILED")
     assert job.field("Restarts") == "1"
     assert "RuntimeError: out of luck" in job.log  # the end of the failed rank's log
+    assert "check: exit status 2" in job.log  # of a restart, so no fault of the arguments
     assert "crash loop: 2 attempts in a row stopped at step 0" in job.log
     assert [p.name for p in sorted((stand_in / "run/logs").iterdir())] == [f"{job.id}.0", f"{job.id}.1"]
 

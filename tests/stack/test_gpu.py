@@ -1,6 +1,5 @@
 """What only a GPU can tell: kernels, Transformer Engine and mixed precision. Skipped, never passed, without one."""
 
-import json
 from pathlib import Path
 
 import oracle
@@ -11,6 +10,7 @@ import torch
 from objective_cases import Case
 
 from nemo_tsdkd.config import TrainConfig
+from nemo_tsdkd.metrics import read_metrics
 from nemo_tsdkd.objective import tsdkd_loss, tsdkd_loss_from_hidden
 
 pytestmark = [
@@ -23,8 +23,8 @@ def on_gpu(tensors):
     return {name: value.cuda() for name, value in tensors.items()}
 
 
-# bf16 rounds the inputs to 3 digits and the products of the fused head's rows again; the sums inside are fp32.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+# On the same rounded inputs: of bf16 only the gradient that is returned is rounded.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
 def test_the_logits_path_equals_the_oracle(dtype, tolerance):
     case = Case()
     cpu = case.tensors(dtype)
@@ -59,7 +59,7 @@ def train_steps(config: TrainConfig) -> list[dict]:
     from nemo_tsdkd.megatron.train import train
 
     train(config)
-    return [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(Path(config.run_dir, "metrics.jsonl"))
 
 
 # bf16 carries 3 digits through 2 layers, FP8's e4m3 a good one through both.

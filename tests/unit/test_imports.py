@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "nemo_tsdkd"
-MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
+MODULES = {
+    ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
+    for p in sorted(PACKAGE.rglob("*.py"))
+}
 SOURCES = [*MODULES.values(), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 
 # Lower layers know nothing of higher ones; whatever is not named here is an adapter between layers 2 and 4.

@@ -13,6 +13,7 @@ import pytest
 from nemo_tsdkd import integrity
 from nemo_tsdkd.integrity import (
     appearing_folder,
+    contents,
     describe,
     find_damage,
     has_manifest,
@@ -31,7 +32,7 @@ def write(run_dir, step, sealed=True):
         (folder / "weights" / f"__{rank}_0.distcp").write_bytes(bytes([step, rank]) * 5000)
     (folder / "state.json").write_text(json.dumps({"step": step}))
     if sealed:
-        seal(folder, describe(folder))
+        seal(folder, describe(folder, contents(folder)))
     return folder
 
 
@@ -84,9 +85,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_log_says_why(kind, tmp_path
 
 def test_ranks_describe_disjoint_shares_of_all_files(tmp_path):
     folder = write(tmp_path, 1, sealed=False)
-    shares = [describe(folder, rank, 3) for rank in range(3)]
+    shares = [describe(folder, contents(folder)[rank::3]) for rank in range(3)]
     assert sum(len(share) for share in shares) == 4
-    assert shares[0] | shares[1] | shares[2] == describe(folder)
+    assert shares[0] | shares[1] | shares[2] == describe(folder, contents(folder))
 
 
 def test_retention(tmp_path):
@@ -155,13 +156,13 @@ def test_a_full_disk_while_sealing_leaves_the_older_checkpoint(tmp_path, monkeyp
 SEALER = """
 import sys
 from pathlib import Path
-from nemo_tsdkd.integrity import describe, seal, step_folder
+from nemo_tsdkd.integrity import contents, describe, seal, step_folder
 for step in range(1, 100_000):
     folder = step_folder(Path(sys.argv[1]), step)
     (folder / "weights").mkdir(parents=True)
     for rank in range(8):
         (folder / "weights" / f"{rank}").write_bytes(bytes([step % 256]) * 100_000)
-    seal(folder, describe(folder))
+    seal(folder, describe(folder, contents(folder)))
     print(step, flush=True)
 """
 

@@ -1,5 +1,6 @@
-"""The objective on one rank against the fp64 oracle: both heads, every preset, drawn shapes and masks."""
+"""The objective on one rank against the fp64 oracle: every preset, both heads, drawn shapes and masks (logits)."""
 
+from collections import defaultdict
 from dataclasses import replace
 
 import objective_cases as cases
@@ -73,9 +74,10 @@ def test_value_and_gradient_equal_the_oracles(dtype, case):
     assert not padding.any()
 
 
+# In bf16 on the same rounded inputs: only gradients are rounded, three times, by 2^-9 each of the largest or more.
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
-def test_the_fused_head_equals_the_oracle(dtype, name):
+@pytest.mark.parametrize(("dtype", "tolerance"), [*cases.TOLERANCE.items(), (torch.bfloat16, 1e-2)], ids=str)
+def test_the_fused_head_equals_the_oracle(dtype, tolerance, name):
     case = Case(CONFIGS[name], student_padding=3, teacher_padding=1)
     x = case.hidden(dtype)
     weights = [
@@ -88,7 +90,6 @@ def test_the_fused_head_equals_the_oracle(dtype, name):
     out = tsdkd_loss_from_hidden(hidden, weight, x["teacher_hidden"], weights[1], mask, case.config, **fields)
     out.loss_sum.backward()
     loss, hidden_grad, weight_grad = cases.expected_from_hidden(case, dtype)
-    tolerance = cases.TOLERANCE[dtype]
     assert cases.error(out.loss_sum.detach(), loss) < tolerance
     assert cases.error(hidden.grad, hidden_grad) < tolerance
     assert cases.error(weight.grad[: case.vocab_size], weight_grad) < tolerance
@@ -108,20 +109,25 @@ def test_the_loss_is_the_mean_over_sequences_with_a_response():
 def test_the_metrics_are_what_the_oracle_sees():
     case = Case(ObjectiveConfig(top_k=5, threshold=0.4))
     out, _, _ = logits_call(case, torch.float64)
-    x, sums = case.tensors(torch.float64), dict.fromkeys(("student_entropy", "opener_fraction", "rank_agreement"), 0.0)
+    x, sums = case.tensors(torch.float64), defaultdict(float)
     for b in range(case.batch - 1):
         z, t = x["student"][x["mask"][:, b], b], x["teacher"][x["mask"][:, b], b]
-        h = oracle.entropy(z.log_softmax(-1))
+        h, h_t = oracle.entropy(z.log_softmax(-1)), oracle.entropy(t.log_softmax(-1))
         m = oracle.opener_length(h.tolist(), 0.4)
         kept = 0
         for i in range(m):
             ranking = oracle.teacher_ranking(z[i], t[i], 5)
             kept += sum(bool(z[i, ranking[a]] > z[i, ranking[b]]) for a in range(5) for b in range(a + 1, 5))
         sums["student_entropy"] += h.mean()
+        sums["teacher_entropy"] += h_t.mean()
+        sums["gate_mean"] += torch.sigmoid(h - h_t).mean()
+        for name, term in oracle.sequence_terms(z, t, case.config).items():
+            sums[name] += term
         sums["opener_fraction"] += m / len(h)
         sums["rank_agreement"] += kept / (10 * m)
     for name, value in sums.items():
         assert float(out.metrics[name]) == pytest.approx(float(value), rel=1e-12), name
+    assert out.metrics.keys() - sums.keys() == {"response_tokens"}
     assert int(out.metrics["response_tokens"]) == int(x["mask"].sum())
 
 

@@ -34,7 +34,7 @@ def test_a_write_that_fails_leaves_no_shard(tmp_path, monkeypatch):
     def full_disk(path):
         raise OSError("no space left")
 
-    monkeypatch.setattr("nemo_tsdkd.shards.sync", full_disk)
+    monkeypatch.setattr("nemo_tsdkd.integrity.sync", full_disk)
     with pytest.raises(OSError, match="no space"):
         shards.write(0, [{"index": 0}])
     assert shards.missing(4) == [0]
