@@ -48,6 +48,8 @@ use_container() { # use_container FOLDER...: run the steps in CONTAINER_IMAGE (p
   done
   CONTAINER=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$TSDKD_HOME"
     --no-container-mount-home --container-writable) # caches go into the container's own home
+  # Without a name each step of each attempt unpacks the image anew, and the GPUs wait.
+  [[ -z ${CONTAINER_NAME:-} ]] || CONTAINER+=(--container-name="$CONTAINER_NAME")
 }
 
 # ---- steps ----------------------------------------------------------------------------------------------------------

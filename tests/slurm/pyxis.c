@@ -1,5 +1,5 @@
 /* A stand-in for NVIDIA's pyxis plugin: srun accepts the container options, the task runs on the host and finds them
- * in TEST_CONTAINER_IMAGE and TEST_CONTAINER_MOUNTS. */
+ * in TEST_CONTAINER_IMAGE, TEST_CONTAINER_MOUNTS and TEST_CONTAINER_NAME. */
 #include <slurm/spank.h>
 #include <stddef.h>
 
@@ -16,6 +16,7 @@ static struct spank_option options[] = {
     {"container-workdir", "PATH", "working folder", 1, 3, accept},
     {"no-container-mount-home", NULL, "leave the home folder out", 0, 4, accept},
     {"container-writable", NULL, "let the task write into its copy of the image", 0, 5, accept},
+    {"container-name", "NAME", "keep and reuse the unpacked image", 1, 6, accept},
 };
 
 int slurm_spank_init(spank_t sp, int argc, char **argv) {
@@ -40,5 +41,7 @@ int slurm_spank_task_init(spank_t sp, int argc, char **argv) {
         spank_setenv(sp, "LOCAL_RANK", rank, 1);
     if (spank_option_getopt(sp, &options[1], &value) == ESPANK_SUCCESS && value)
         spank_setenv(sp, "TEST_CONTAINER_MOUNTS", value, 1);
+    if (spank_option_getopt(sp, &options[5], &value) == ESPANK_SUCCESS && value)
+        spank_setenv(sp, "TEST_CONTAINER_NAME", value, 1);
     return 0;
 }

@@ -2,7 +2,8 @@
 # For tests of the job scripts alone, first on PATH as `nemo-tsdkd`: keeps the trainer's contract with them (last_step,
 # FINISHED, stop on SIGUSR1 and SIGTERM), notes how it was called in RUN_DIR/calls, and misbehaves as STAND_IN says.
 set -euo pipefail
-printf '%s image=%s mounts=%s\n' "$*" "${TEST_CONTAINER_IMAGE:-}" "${TEST_CONTAINER_MOUNTS:-}" >>"$RUN_DIR/calls"
+printf '%s image=%s name=%s mounts=%s\n' "$*" "${TEST_CONTAINER_IMAGE:-}" "${TEST_CONTAINER_NAME:-}" \
+  "${TEST_CONTAINER_MOUNTS:-}" >>"$RUN_DIR/calls"
 if [[ $1 == check && ${STAND_IN:-} == crash && ${SLURM_RESTART_COUNT:-0} -gt 0 ]]; then
   echo "nemo-tsdkd: error: student.path: no such folder" >&2 && exit 2 # the node's disk is not mounted
 fi

@@ -70,7 +70,7 @@ def test_the_public_recipe_s_variables_reach_the_configuration(lab, stand_in):
 
     from nemo_tsdkd.compose import compose_config
 
-    name, *overrides = re.findall(r"[a-z_.]+='(?:[^'\\]|\\.)*'|\S+", calls(job, "train")[0])[2:-2]
+    name, *overrides = re.findall(r"[a-z_.]+='(?:[^'\\]|\\.)*'|\S+", calls(job, "train")[0])[2:-3]
     c = compose_config(name, overrides)
     assert (c.run_dir, c.data.path) == (str(job.run_dir), "/data/x=1.jsonl")
     assert (c.student.path, c.teacher.path) == ("/models/Qwen/small", str(stand_in))
@@ -149,9 +149,10 @@ def test_a_cancelled_job_stays_cancelled(lab, stand_in):
 
 
 def test_a_container_gets_the_image_and_the_folders(lab, stand_in):
-    job = Job.submit(SCRIPT, stand_in / "run", CONTAINER_IMAGE="nvcr.io#nvidia/nemo:25.11", CONTAINER_MOUNTS="/d:/d")
+    fields = {"CONTAINER_IMAGE": "nvcr.io#nvidia/nemo:25.11", "CONTAINER_NAME": "tsdkd", "CONTAINER_MOUNTS": "/d:/d"}
+    job = Job.submit(SCRIPT, stand_in / "run", **fields)
     job.wait_end("COMPLETED")
-    assert all("image=nvcr.io#nvidia/nemo:25.11" in line for line in calls(job, "train"))
+    assert all("image=nvcr.io#nvidia/nemo:25.11 name=tsdkd" in line for line in calls(job, "train"))
     assert len(calls(job, "train")) == 4
     assert f"mounts=/d:/d,{ROOT}:{ROOT},{job.run_dir}:{job.run_dir}" in calls(job, "train")[0]
 

@@ -70,7 +70,8 @@ def test_value_and_gradient_equal_the_oracles(dtype, case):
     loss, expected = cases.expected(case, dtype)
     assert cases.error(out.loss_sum.detach(), loss) < cases.TOLERANCE[dtype]
     # A KL's gradient is the difference of numbers as large as the KL: fp32 cannot know it to more digits than those.
-    assert cases.error(grad, expected, scale=loss.abs()) < cases.TOLERANCE[dtype]
+    nearly_kl = case.config.preset.endswith("_kl") or not 1e-2 < case.config.beta < 1 - 1e-2
+    assert cases.error(grad, expected, scale=loss.abs() if nearly_kl else 1e-2) < cases.TOLERANCE[dtype]
     assert not padding.any()
 
 
