@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,20 +33,29 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 def newest_whole(run_dir: Path) -> Path | None:
     """The run's newest checkpoint whose every byte is as it was written; the log says which were passed over."""
-    for folder in reversed(_steps(run_dir)):
-        damage = find_damage(folder)
+    return first_whole(newest_first(run_dir), find_damage)
+
+
+def first_whole(folders: Sequence[Path], damage_of: Callable[[Path], str | None]) -> Path | None:
+    """The first folder without damage; the log says which were passed over."""
+    for folder in folders:
+        damage = damage_of(folder)
         if damage is None:
             return folder
         logger.warning("%s is passed over: %s.", folder, damage)
     return None
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None where it is whole. Reads all of it, several files at once."""
+def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, in words; None where it is whole. Reads all of it, several files at once.
+
+    Of several `parts`, each reads the content of its share of the files.
+    """
     if not has_manifest(folder):
         return "it was not written to its end (no manifest)"
     try:
-        return _find_change(folder, json.loads((folder / _MANIFEST).read_text()))
+        entries = json.loads((folder / _MANIFEST).read_text())
+        return _find_change(folder, dict(sorted(entries.items())[part::parts]))
     except (ValueError, KeyError, TypeError, AttributeError):
         return "its manifest cannot be read"
     except OSError as error:  # a bad disk is no reason to give up the checkpoints before
@@ -133,6 +142,11 @@ def remove(folder: Path) -> None:
     if folder.exists():
         sync(folder)
         shutil.rmtree(folder)
+
+
+def newest_first(run_dir: Path) -> list[Path]:
+    """All folders of a run's checkpoints, whole or not."""
+    return _steps(run_dir)[::-1]
 
 
 def _steps(run_dir: Path) -> list[Path]:

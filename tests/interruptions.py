@@ -16,6 +16,7 @@ import torch
 
 from nemo_tsdkd.config import TrainConfig
 from nemo_tsdkd.integrity import has_manifest, step_folder
+from nemo_tsdkd.metrics import read_metrics
 
 TIMES = ("rollout_s", "teacher_s", "student_s", "tokens_per_s")
 
@@ -36,20 +37,26 @@ def train(config: TrainConfig, **kill: Callable[[], bool]) -> Outcome | None:
 
 
 def _train(config: TrainConfig) -> Outcome:
-    from megatron.core import dist_checkpointing
-
     from nemo_tsdkd.megatron.train import train
 
     _log_samples(Path(config.run_dir))
     train(config)
     torch.distributed.barrier()
-    rows = [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
-    stored = dist_checkpointing.load_plain_tensors(str(step_folder(Path(config.run_dir), config.max_steps) / "weights"))
+    run_dir = Path(config.run_dir)
+    rows = read_metrics(run_dir / "metrics.jsonl")
     return Outcome(
         metrics=[{name: value for name, value in row.items() if name not in TIMES} for row in rows],
-        weights={k: v for k, v in stored.items() if k.startswith("module.") and isinstance(v, torch.Tensor)},
-        samples=_read_samples(Path(config.run_dir)),
+        weights=saved_weights(step_folder(run_dir, config.max_steps)),
+        samples=_read_samples(run_dir),
     )
+
+
+def saved_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every student tensor of a distributed checkpoint, whatever ranks wrote it; call it in a rank."""
+    from megatron.core import dist_checkpointing
+
+    stored = dist_checkpointing.load_plain_tensors(str(checkpoint / "weights"))
+    return {k: v for k, v in stored.items() if k.startswith("module.") and isinstance(v, torch.Tensor)}
 
 
 def _log_samples(run_dir: Path) -> None:

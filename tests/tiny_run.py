@@ -26,8 +26,7 @@ def prepare(root: Path) -> Path:
     )
     hf_teacher = tiny_hf.save_hf(root / "hf_teacher", vocab_size=TEACHER_VOCAB)
     for source, name in ((hf_student, "student"), (hf_teacher, "teacher")):
-        arguments = ["--source", str(source), "--output", str(root / name)]
-        ranks.run_ranks(import_one, 1, arguments, meet=False)  # an import builds its own world
+        ranks.run_ranks(import_hf, 1, source, root / name, meet=False)  # an import builds its own world
     with (root / "data.jsonl").open("w") as file:
         for i in range(37):  # ragged on both sides, and no multiple of any batch
             row = {"prompt": f"Ann has {i} boxes" * (1 + i % 3), "response": f"{i} * 12 = {i * 12}. " * (1 + i % 4)}
@@ -35,10 +34,10 @@ def prepare(root: Path) -> Path:
     return root
 
 
-def import_one(arguments: list[str]) -> None:
+def import_hf(source: Path, output: Path) -> None:
     from nemo_tsdkd.convert import import_main
 
-    import_main(arguments)
+    import_main(["--source", str(source), "--output", str(output)])
 
 
 def export(checkpoint: Path, to: str, output: Path) -> None:

@@ -25,7 +25,18 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_tsdkd.config import CheckpointConfig
-from nemo_tsdkd.integrity import contents, describe, make_room, newest_whole, retain, seal, step_folder, write_whole
+from nemo_tsdkd.integrity import (
+    contents,
+    describe,
+    find_damage,
+    first_whole,
+    make_room,
+    newest_first,
+    retain,
+    seal,
+    step_folder,
+    write_whole,
+)
 from nemo_tsdkd.patience import from_rank_zero
 
 _PROBE = 1 << 20  # bytes
@@ -114,8 +125,17 @@ def _declare(run_dir: Path, step: int, config: CheckpointConfig) -> None:
 
 
 def checkpoint_to_resume(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint, the same on every rank: rank 0 reads and proves it."""
-    return from_rank_zero(lambda: newest_whole(run_dir))
+    """The newest whole checkpoint, the same on every rank. Collective.
+
+    Rank 0 looks for them, and each rank proves a share of the files: one alone would read for minutes.
+    """
+
+    def damage_of(folder: Path) -> str | None:
+        found: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, find_damage(folder, dist.get_rank(), len(found)))
+        return next((damage for damage in found if damage), None)
+
+    return first_whole(from_rank_zero(lambda: newest_first(run_dir)), damage_of)
 
 
 def random_state() -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_tsdkd.demo import pretrain, run
+from nemo_tsdkd.demo import pretrain, run, score, tasks
 
 
 @pytest.mark.timeout(900)  # seven imports of NeMo
@@ -16,6 +16,14 @@ def test_the_flow_from_hugging_face_to_hugging_face(tmp_path, monkeypatch):
     recipes = {name: replace(recipe, hidden_size=32, steps=1) for name, recipe in pretrain.RECIPES.items()}
     monkeypatch.setattr(pretrain, "PROBLEMS", 64)
     monkeypatch.setattr(run, "pretrained", lambda cache: pretrain.pretrained(cache, recipes))
+    shares = {}
+
+    def accuracy(folder, problems):
+        assert problems == tasks.held_out_problems(4)
+        score.accuracy(folder, problems)  # no model solves one: a share of its own tells which folder was scored
+        return shares.setdefault(folder, (len(shares) + 1) / 4)
+
+    monkeypatch.setattr(run, "accuracy", accuracy)
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "left over").touch()
     batches = ["global_batch_size=4", "micro_batch_size=2", "teacher.micro_batch_size=2"]
@@ -24,10 +32,12 @@ def test_the_flow_from_hugging_face_to_hugging_face(tmp_path, monkeypatch):
     assert not (tmp_path / "demo" / "left over").exists()
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert (summary["steps"], summary["problems"]) == (2, 4)
-    assert all(0 <= summary[name] <= 1 for name in ("student_before", "teacher", "student_after"))
     assert summary["seconds"].keys() == {"pretraining", "distillation", "export", "scoring"}
-    (student,) = (tmp_path / "demo-cache").glob("student-*")
-    before, after = weights(student), weights(Path(summary["export"]))
+    (student,), (teacher,) = ((tmp_path / "demo-cache").glob(f"{name}-*") for name in ("student", "teacher"))
+    export = Path(summary["export"])
+    scored = {"student_before": student, "teacher": teacher, "student_after": export}
+    assert {name: summary[name] for name in scored} == {name: shares[folder] for name, folder in scored.items()}
+    before, after = weights(student), weights(export)
     assert before.keys() == after.keys()
     assert all(before[name].shape == after[name].shape for name in before)
     assert any(not torch.equal(before[name], after[name]) for name in before)

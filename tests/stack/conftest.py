@@ -1,4 +1,4 @@
-"""Models are imported once for all tests of the trainer."""
+"""Models are imported once for all tests of this folder."""
 
 import pytest
 import tiny_run

@@ -9,6 +9,7 @@ import ranks
 import tiny_hf
 import tiny_run
 import torch
+from megatron_chunk import build
 
 TEXT = "Ann has 3 boxes with 12 eggs each."
 MODELS = {
@@ -29,13 +30,8 @@ MODELS = {
         },
     },
 }
+VOCAB_SIZE = 330  # what save_hf gives a model
 LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "tp2_pp2": (2, 2)}
-
-
-def import_hf(source: Path, output: Path) -> None:
-    from nemo_tsdkd.convert import import_main
-
-    import_main(["--source", str(source), "--output", str(output)])
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +45,7 @@ def folders(tmp_path_factory):
             if name == "llama":  # as some are published; transformers reads such a file, but refuses to write it
                 generation = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 0}
                 (hf / "generation_config.json").write_text(json.dumps(generation))
-            ranks.run_ranks(import_hf, 1, hf, root / name, meet=False)
+            ranks.run_ranks(tiny_run.import_hf, 1, hf, root / name, meet=False)
             made[name] = hf, root / name
         return made[name]
 
@@ -63,25 +59,6 @@ def hf_logits(folder: Path) -> torch.Tensor:
     tokens = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt").input_ids
     with torch.no_grad():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
-
-
-def build(checkpoint: Path, tp: int = 1, pp: int = 1, **change):
-    """This rank's shard of a checkpoint, with `change`d fields of its config."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from nemo_tsdkd.checkpoint import gpt_config, load_weights
-
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-    model_parallel_cuda_manual_seed(1)
-    config = gpt_config(checkpoint)
-    config.tensor_model_parallel_size, config.pipeline_model_parallel_size = tp, pp
-    config.pipeline_dtype = config.params_dtype
-    for name, value in change.items():
-        setattr(config, name, value)
-    gpt = config.configure_model(tokenizer=None)
-    load_weights(gpt, checkpoint)
-    return gpt
 
 
 def reshard(checkpoint: Path, tp: int, pp: int, padded: int, output: Path) -> torch.Tensor | None:
@@ -180,7 +157,7 @@ def test_layers_built_on_the_meta_device_get_their_weights(to, folders, tmp_path
     got = (
         hf_logits(tmp_path / to) if to == "hf" else ranks.run_ranks(plain_nemo_logits, 1, tmp_path / to, meet=False)[0]
     )
-    assert_equal_up_to_rounding(got[..., :330], hf_logits(hf))
+    assert_equal_up_to_rounding(got[..., :VOCAB_SIZE], hf_logits(hf))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -188,14 +165,13 @@ def test_layers_built_on_the_meta_device_get_their_weights(to, folders, tmp_path
 def test_logits_agree_between_source_layout_nemo_and_hf(name, layout, folders, tmp_path):
     hf, nemo = folders(name)
     tp, pp = LAYOUTS[layout]
-    vocab_size = MODELS[name].get("vocab_size", 330)
     in_layout = ranks.run_ranks(reshard, tp * pp, nemo, tp, pp, 512, tmp_path / "trained")[-1]
     ranks.run_ranks(tiny_run.export, 1, tmp_path / "trained", "nemo", tmp_path / "nemo", meet=False)
     ranks.run_ranks(tiny_run.export, 1, tmp_path / "trained", "hf", tmp_path / "hf", meet=False)
     expected = hf_logits(hf)
-    assert in_layout.shape[-1] == 512 and expected.shape[-1] == vocab_size
-    assert_equal_up_to_rounding(in_layout[..., :vocab_size], expected)
-    assert not in_layout[..., vocab_size:].any(), "padding rows are zero"
+    assert in_layout.shape[-1] == 512 and expected.shape[-1] == VOCAB_SIZE
+    assert_equal_up_to_rounding(in_layout[..., :VOCAB_SIZE], expected)
+    assert not in_layout[..., VOCAB_SIZE:].any(), "padding rows are zero"
     assert_equal_up_to_rounding(ranks.run_ranks(plain_nemo_logits, 1, tmp_path / "nemo", meet=False)[0], expected)
     assert_equal_up_to_rounding(hf_logits(tmp_path / "hf"), expected)
 
@@ -227,7 +203,7 @@ def test_an_export_is_a_complete_hugging_face_folder(folders, tmp_path):
 def test_a_model_without_generation_config_is_imported(tmp_path):
     hf = tiny_hf.save_hf(tmp_path / "hf")
     (hf / "generation_config.json").unlink()
-    ranks.run_ranks(import_hf, 1, hf, tmp_path / "nemo", meet=False)
+    ranks.run_ranks(tiny_run.import_hf, 1, hf, tmp_path / "nemo", meet=False)
 
 
 def lose_norms(source: Path, output: Path) -> str:
@@ -236,7 +212,7 @@ def lose_norms(source: Path, output: Path) -> str:
 
     hf._PLAIN_NORMS = {}
     try:
-        import_hf(source, output)
+        tiny_run.import_hf(source, output)
     except RuntimeError as error:
         return str(error)
     return "no error"

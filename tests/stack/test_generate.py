@@ -1,9 +1,9 @@
 """The generate command: what it writes at any layout, and how it goes on after it was cut off."""
 
 import json
+import shutil
 
 import pytest
-import tiny_run
 from ranks import run_ranks
 
 from nemo_tsdkd.generate import main
@@ -11,25 +11,27 @@ from nemo_tsdkd.generate import main
 
 def generate(root, output, world_size, *arguments):
     paths = [f"{name}.path={root / name}" for name in ("student", "teacher")]
-    overrides = [*paths, f"run_dir={root}/run", f"data.path={root}/data.jsonl", "rollout.batch_size=8"]
+    overrides = [*paths, f"run_dir={output}.run", f"data.path={root}/data.jsonl", "rollout.batch_size=8"]
     argv = ["--config-name", "tiny", "--output", str(output), "--shard-size", "10", *overrides, *arguments]
     run_ranks(main, world_size, argv, meet=False)
+
+
+def responses(output):
     return {p.name: p.read_bytes() for p in output.iterdir() if p.name.startswith("responses")}
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tiny_run.prepare(tmp_path_factory.mktemp("generate"))
-
-
-@pytest.fixture(scope="module")
 def whole(root, tmp_path_factory):
-    return generate(root, tmp_path_factory.mktemp("whole") / "out", 1, "--model", "teacher")
+    """The folder of a run that one process wrote in one go."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    generate(root, output, 1, "--model", "teacher")
+    return output
 
 
 def test_every_prompt_has_a_response(root, whole):
-    assert list(sorted(whole)) == [f"responses-0000{i}.jsonl" for i in range(4)]
-    records = [json.loads(line) for name in sorted(whole) for line in whole[name].splitlines()]
+    files = responses(whole)
+    assert sorted(files) == [f"responses-0000{i}.jsonl" for i in range(4)]
+    records = [json.loads(line) for name in sorted(files) for line in files[name].splitlines()]
     prompts = [json.loads(line)["prompt"] for line in (root / "data.jsonl").read_text().splitlines()]
     assert [r["index"] for r in records] == list(range(37))
     assert [r["prompt"] for r in records] == prompts
@@ -47,13 +49,13 @@ def test_every_prompt_has_a_response(root, whole):
     ],
 )
 def test_a_run_cut_off_is_completed_at_another_layout_to_the_same_responses(root, whole, tmp_path, world_size, layout):
-    output = tmp_path / "out"
-    generate(root, output, 1, "--model", "teacher")
+    output = shutil.copytree(whole, tmp_path / "out")
     for name in ("responses-00001.jsonl", "responses-00003.jsonl"):
         (output / name).unlink()
     (output / ".responses-00003.jsonl.7.partial").write_text('{"index": 30, "prom')
     kept = (output / "responses-00000.jsonl").stat().st_mtime_ns
-    assert generate(root, output, world_size, "--model", "teacher", *layout) == whole
+    generate(root, output, world_size, "--model", "teacher", *layout)
+    assert responses(output) == responses(whole)
     assert (output / "responses-00000.jsonl").stat().st_mtime_ns == kept
 
 

@@ -1,15 +1,16 @@
 """The layout changes nothing: losses, metrics and weights of a run are those of one process."""
 
-import json
 from pathlib import Path
 
 import pytest
 import ranks
 import tiny_run
 import torch
-from interruptions import TIMES
+from interruptions import TIMES, saved_weights
 
 from nemo_tsdkd.config import TrainConfig
+from nemo_tsdkd.integrity import step_folder
+from nemo_tsdkd.metrics import read_metrics
 
 TP, PP, SP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"
 LAYOUTS = {
@@ -23,22 +24,15 @@ LAYOUTS = {
 
 
 def run(config: TrainConfig) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """Train on this rank; return the metrics and the trained weights of the whole model."""
+    """Train on this rank; return the metrics and the trained weights of the whole model, without padding rows."""
     from nemo_tsdkd.megatron.train import train
 
     train(config)
-    steps = [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
-    return steps, whole_weights(Path(config.run_dir, "checkpoints", f"step_{config.max_steps}"))
-
-
-def whole_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every student tensor of a distributed checkpoint, whatever ranks wrote it, without padding rows."""
-    from megatron.core import dist_checkpointing
-
-    weights = dist_checkpointing.load_plain_tensors(str(checkpoint / "weights"))
-    weights = {k: v for k, v in weights.items() if k.startswith("module.") and isinstance(v, torch.Tensor)}
+    run_dir = Path(config.run_dir)
+    weights = saved_weights(step_folder(run_dir, config.max_steps))
     table = "module.embedding.word_embeddings.weight"
-    return weights | {table: weights[table][: tiny_run.STUDENT_VOCAB]}  # padded by the layout
+    weights[table] = weights[table][: tiny_run.STUDENT_VOCAB]  # padded by the layout
+    return read_metrics(run_dir / "metrics.jsonl"), weights
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """What a run must never do: train the teacher, save it, go on after a NaN, or die with unsaved steps."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from nemo_tsdkd.config import TrainConfig
 from nemo_tsdkd.data import Sample
 from nemo_tsdkd.integrity import newest_whole, step_folder
+from nemo_tsdkd.metrics import read_metrics
 from nemo_tsdkd.rollout import Response
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
@@ -185,7 +185,7 @@ def test_rollouts_are_reused_and_a_stop_waits_for_their_end(root, tmp_path):
     config.max_steps, config.rollout.reuse, config.checkpoint.every_n_steps = 6, 3, 3
     assert ranks.run_ranks(train_with_signal, 1, config, 0, 1) == [1]
     assert newest_whole(tmp_path) == step_folder(tmp_path, 3)
-    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = read_metrics(tmp_path / "metrics.jsonl")
     assert [s["rollout_age"] for s in steps] == [0, 1, 2]
     assert len({s["response_length_mean"] for s in steps}) == 1
     assert steps[0]["loss"] > steps[1]["loss"] > steps[2]["loss"]  # three steps down on one batch

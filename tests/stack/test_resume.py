@@ -11,7 +11,7 @@ import pytest
 import ranks
 import tiny_run
 import torch
-from interruptions import same, saving, steps_done, train, train_through_kills
+from interruptions import same, saved_weights, saving, steps_done, train, train_through_kills
 
 from nemo_tsdkd.integrity import find_damage, newest_whole, step_folder
 
@@ -44,23 +44,16 @@ def uninterrupted(configure, tmp_path_factory):
     return outcome
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_four_steps_a_kill_and_six_more_are_ten_bit_for_bit(layout, configure, uninterrupted, tmp_path):
+@pytest.mark.parametrize(("layout", "kills"), [("tp2_pp2", {5: 4}), ("dp2", {5: 4, 9: 8})], ids=["once", "twice"])
+def test_killed_and_resumed_it_is_one_run_bit_for_bit(layout, kills, configure, uninterrupted, tmp_path):
     config = configure(tmp_path, layout)
-    assert train(config, kill_when=steps_done(config, 5)) is None
-    assert newest_whole(tmp_path) == step_folder(tmp_path, 4)
+    for killed_after, saved in kills.items():
+        assert train(config, kill_when=steps_done(config, killed_after)) is None
+        assert newest_whole(tmp_path) == step_folder(tmp_path, saved)
     assert same(train(config), uninterrupted(layout))
     assert {len(samples) for samples in uninterrupted(layout).samples.values()} == {config.global_batch_size}
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step_10", "step_8"] and all(find_damage(step_folder(tmp_path, n)) is None for n in (8, 10))
-
-
-def test_a_resumed_run_resumes(configure, uninterrupted, tmp_path):
-    config = configure(tmp_path)
-    assert train(config, kill_when=steps_done(config, 5)) is None
-    assert train(config, kill_when=steps_done(config, 9)) is None
-    assert newest_whole(tmp_path) == step_folder(tmp_path, 8)
-    assert same(train(config), uninterrupted())
 
 
 def test_a_run_goes_on_in_another_layout(configure, uninterrupted, tmp_path):
@@ -194,10 +187,7 @@ def test_three_kills_at_random_moments_change_nothing(configure, uninterrupted, 
 
 
 def embedding(checkpoint: Path) -> torch.Tensor:
-    from megatron.core import dist_checkpointing
-
-    stored = dist_checkpointing.load_plain_tensors(str(checkpoint / "weights"))
-    return stored["module.embedding.word_embeddings.weight"]
+    return saved_weights(checkpoint)["module.embedding.word_embeddings.weight"]
 
 
 def export_error(checkpoint: Path, output: Path) -> str:

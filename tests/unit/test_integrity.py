@@ -81,6 +81,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_log_says_why(kind, tmp_path
     with caplog.at_level(logging.WARNING):
         assert newest_whole(tmp_path) == older
     assert str(newer) in caplog.text and reason in caplog.text
+    shares = [[find_damage(folder, rank, 3) for rank in range(3)] for folder in (older, newer)]
+    assert not any(shares[0]) and any(shares[1])
 
 
 def test_ranks_describe_disjoint_shares_of_all_files(tmp_path):

@@ -73,9 +73,10 @@ def test_the_models_can_be_cut_that_way_also_in_fp8(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_more_tensor_parallelism_than_key_value_heads_is_refused(name):
-    config = load(name, f"parallel.tensor_model_parallel_size={2 * shapes(name)['student'].kv_heads}")
-    with pytest.raises(ValueError, match="tensor_model_parallel_size"):
-        check_model_fits(replace(shapes(name)["student"], heads=2**10, ffn=2**12), config.parallel, "student")
+    shape = replace(shapes(name)["student"], heads=2**10, ffn=2**12)
+    config = load(name, f"parallel.tensor_model_parallel_size={2 * shape.kv_heads}")
+    with pytest.raises(ValueError, match=f"num_key_value_heads = {shape.kv_heads}"):
+        check_model_fits(shape, config.parallel, "student")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
