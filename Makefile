@@ -11,7 +11,8 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --editable '.[demo,evaluate,test,bench]'
+	# Half of the time would go into compiling files that nobody imports; the others are compiled when they are.
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo,evaluate,test,bench]'
 	touch $@
 
 # The Slurm lab of tests/slurm needs Debian packages; without root its tests skip and say so.

@@ -2,7 +2,7 @@
 
 import ranks
 
-STACK_FOLDERS = {"stack", "e2e"}
+STACK_FOLDERS = {"stack", "e2e", "slurm"}
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,7 @@
 """The whole way on a real Slurm: the true trainer, tiny models, two nodes of two tasks on gloo, every interruption.
 
 A start of four ranks costs half a minute of imports on two cores, so all interruptions hit one job, one after the
-other. Losses and final weights are compared with those of a run that nothing interrupted.
+other. Losses and final weights are compared with those of a run that nothing interrupted, and that no Slurm started.
 """
 
 import json
@@ -13,11 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import tiny_run
 from safetensors.numpy import load_file
 from slurm_lab import TWO_BY_TWO, Job, wait_until
 
-from nemo_tsdkd.folders import is_nemo_checkpoint
+from nemo_tsdkd import cli
+from nemo_tsdkd.folders import is_nemo_checkpoint, read_json
+from nemo_tsdkd.integrity import step_folder
+from nemo_tsdkd.metrics import read_metrics
 
 SCRIPT = "tsdkd_14b_to_1.5b.sh"
 STEPS = 32
@@ -53,21 +57,30 @@ def submit(root: Path, name: str, *overrides: str, **options: Any) -> Job:
 
 
 @pytest.fixture(scope="module")
-def runs(lab, root):
-    """(uninterrupted, interrupted): the second meets all that can happen to a job, at least one checkpoint apart.
-    They run side by side, for a requeued job mostly waits."""
-    uninterrupted, job = submit(root, "uninterrupted"), submit(root, "interrupted", MAX_RESTARTS="1")
+def job(lab, root):
+    """A job that has met all that can happen to one, at least one checkpoint apart, and has ended."""
+    job = submit(root, "interrupted", MAX_RESTARTS="1")
     for attempt, interrupt in enumerate([user_signal, kill_a_task, preempt, preempt_with_signal, limit, crash_a_node]):
         wait_for_checkpoint(job, after=job.last_step())
         print(interrupt.__name__, "at step", job.last_step())
         interrupt(lab, job)
         wait_for_restart(job, attempt + 1)
-    for each in (uninterrupted, job):
-        each.wait_end("COMPLETED", 300)
+    job.wait_end("COMPLETED", 300)
     for node in lab("run", "sinfo", "--noheader", "--states=down", "--format=%n").split():
         lab("boot", node)
     lab("user-signal", "off")
-    return uninterrupted, job
+    return job
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(root):
+    """The run folder of the same training in four ranks of one machine, in one go."""
+    folder = root / "uninterrupted"
+    paths = (f"run_dir={folder}", f"student.path={root}/student", f"teacher.path={root}/teacher")
+    layout = ("data.path=" + str(root / "data.jsonl"), "parallel.num_nodes=1", "parallel.gpus_per_node=4")
+    command = ["train", "--config-name", SCRIPT.removesuffix(".sh"), *paths, *layout, *TINY]
+    ranks.run_ranks(cli.main, 4, command, meet=False)
+    return folder
 
 
 def wait_for_checkpoint(job, after):
@@ -129,25 +142,21 @@ def task(job: Job, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}:\n{job.log}")
 
 
-def metrics(job: Job) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_every_attempt_went_on_from_the_last_one(runs):
-    job = runs[1]
+def test_every_attempt_went_on_from_the_last_one(job):
     assert job.field("Restarts") == "6"
     assert [p.name for p in sorted((job.run_dir / "logs").iterdir())] == [f"{job.id}.{i}" for i in range(7)]
-    assert [row["step"] for row in metrics(job)] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in read_metrics(job.run_dir / "metrics.jsonl")] == list(range(1, STEPS + 1))
 
 
-def test_every_step_s_loss_is_that_of_the_uninterrupted_run(runs):
-    losses = [[(row["step"], row["loss"], row["grad_norm"]) for row in metrics(job)] for job in runs]
+def test_every_step_s_loss_is_that_of_the_uninterrupted_run(job, uninterrupted):
+    rows = [read_metrics(folder / "metrics.jsonl") for folder in (job.run_dir, uninterrupted)]
+    losses = [[(row["step"], row["loss"], row["grad_norm"]) for row in run] for run in rows]
     assert losses[0] == losses[1]
 
 
-def test_the_final_weights_are_those_of_the_uninterrupted_run(runs):
+def test_the_final_weights_are_those_of_the_uninterrupted_run(job, uninterrupted):
     """Bit for bit: digests of what each rank wrote of model, optimizer and random state in the last checkpoint."""
-    manifests = [json.loads((job.run_dir / f"checkpoints/step_{STEPS}/manifest.json").read_text()) for job in runs]
+    manifests = [read_json(step_folder(folder, STEPS) / "manifest.json") for folder in (job.run_dir, uninterrupted)]
     written = [{n: d for n, d in m.items() if n.endswith(".distcp") or n.startswith("random/")} for m in manifests]
     assert len(written[0]) == 12  # a rank: two files of weights and one of random state
     assert written[0] == written[1]
@@ -172,15 +181,15 @@ def test_the_preflight_names_the_node_that_lacks_the_teacher(lab, root):
     assert "node1 (" not in job.log and "train: logs" not in job.log
 
 
-def test_models_are_imported_and_students_exported(lab, root, runs):
+def test_models_are_imported_and_students_exported(lab, root, job):
     models = root / "models"
     (models / "hf" / "Qwen").mkdir(parents=True)
     (models / "hf" / "Qwen" / "tiny").symlink_to(root / "hf_student")
     one = ("--gpus-per-node=1",)
     imported = Job.submit("import.sh", root / "import", flags=one, MODEL_NAME="Qwen/tiny", MODELS_DIR=str(models))
-    exported = Job.submit("export.sh", runs[1].run_dir, flags=one, OUTPUT=str(root / "exported"))
-    for job in (imported, exported):
-        job.wait_end("COMPLETED", 240)
+    exported = Job.submit("export.sh", job.run_dir, flags=one, OUTPUT=str(root / "exported"))
+    for each in (imported, exported):
+        each.wait_end("COMPLETED", 240)
     assert is_nemo_checkpoint(models / "Qwen" / "tiny")
     before, after = (load_file(root / name / "model.safetensors") for name in ("hf_student", "exported"))
     assert before.keys() == after.keys()

@@ -104,3 +104,40 @@ def test_rollouts_run_on_the_gpu(root, tmp_path):
     config = tiny_run.config(root, tmp_path, 1, lmbda=1.0)
     steps = ranks.run_ranks(train_steps, 1, config, meet=False)[0]
     assert all(0 < step["response_length_mean"] <= config.rollout.max_new_tokens for step in steps)
+
+
+def greedy_gap(checkpoint: Path) -> float:
+    """How far, at worst, the model's own forward puts another token above the one that decoding chose."""
+    from megatron_chunk import build
+
+    from nemo_tsdkd.config import RolloutConfig
+    from nemo_tsdkd.megatron.generation import generate
+    from nemo_tsdkd.megatron.gpt import attention_mask
+
+    model = build(checkpoint).cuda().eval()
+    prompts = [[3, 1, 4, 1, 5], [9, 2], list(range(20, 57))]
+    responses = generate(
+        model,
+        prompts,
+        config=RolloutConfig(max_new_tokens=16, batch_size=2, temperature=0.0),
+        sample_ids=[0, 1, 2],
+        seed=1,
+        step=0,
+        eos_ids=set(),
+        vocab_size=tiny_run.STUDENT_VOCAB,
+        max_length=64,
+    )
+    gaps = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        tokens = torch.tensor([prompt + response.token_ids], device="cuda")
+        places = torch.arange(tokens.shape[1], device="cuda")[None]
+        with torch.no_grad():
+            logits = model(tokens, places, attention_mask(tokens))[0, len(prompt) - 1 : -1].float()
+        logits = logits[:, : tiny_run.STUDENT_VOCAB]
+        chosen = logits.gather(1, torch.tensor(response.token_ids, device="cuda")[:, None])
+        gaps.append((logits.max(1, keepdim=True).values - chosen).max().item() / logits.std().item())
+    return max(gaps)
+
+
+def test_decoding_past_transformer_engines_own_forward_says_the_same(root):
+    assert ranks.run_ranks(greedy_gap, 1, root / "student")[0] < 1e-2  # TF32 may round the products of either
