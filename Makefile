@@ -11,7 +11,7 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
-	# Half of the time would go into compiling files that nobody imports; the others are compiled when they are.
+	# A third of the time would go into compiling files, most of which nobody imports; the others are compiled then.
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo,evaluate,test,bench]'
 	touch $@
 
