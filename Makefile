@@ -11,8 +11,7 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
-	# A third of the time would go into compiling files, most of which nobody imports; the others are compiled then.
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo,evaluate,test,bench]'
+	$(BIN)/python -m pip install --quiet --editable '.[demo,evaluate,test,bench]'
 	touch $@
 
 # The Slurm lab of tests/slurm needs Debian packages; without root its tests skip and say so.
