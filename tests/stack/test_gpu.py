@@ -126,6 +126,8 @@ def greedy_gap(checkpoint: Path) -> float:
         eos_ids=set(),
         vocab_size=tiny_run.STUDENT_VOCAB,
         max_length=64,
+        tp_group=None,
+        pp_group=None,
     )
     gaps = []
     for prompt, response in zip(prompts, responses, strict=True):
