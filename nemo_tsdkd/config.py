@@ -311,9 +311,9 @@ class TrainConfig:
             f"must not exceed micro_batch_size = {self.micro_batch_size}, which the teacher reads in parts",
             "Lower it.",
         )
-        rows, dp = self.micro_batch_size * self.data_parallel_size, self.data_parallel_size
-        what = f"micro_batch_size x DP = {self.micro_batch_size} x {dp}"
-        validation.multiple_of("global_batch_size", self.global_batch_size, rows, what)
+        rows, dp = self.micro_batch_size, self.data_parallel_size
+        what = f"micro_batch_size x DP = {rows} x {dp}"
+        validation.multiple_of("global_batch_size", self.global_batch_size, rows * dp, what)
 
 
 def _missing(node: Any, prefix: str = "") -> Iterator[str]:

@@ -153,46 +153,39 @@ def _attention(cache: KVCache, module: SelfAttention, hidden_states: Tensor) -> 
     return module.linear_proj(cache.attend(module, query, key, value))
 
 
-def _column_parallel(module: ColumnParallelLinear, x: Tensor, weight: Tensor | None = None, **kwargs: Any) -> Any:
-    bias, left_to_add = (None, module.bias) if module.skip_bias_add else (module.bias, None)
-    return functional.linear(x, module.weight if weight is None else weight, bias), left_to_add
+def _column_parallel(module: torch.nn.Module, x: Tensor, weight: Tensor | None = None, **kwargs: Any) -> Any:
+    added, left = _bias(module)
+    return functional.linear(x, module.weight if weight is None else weight, added), left
 
 
-def _row_parallel(module: RowParallelLinear, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def _norm_column_parallel(module: torch.nn.Module, x: Tensor) -> Any:
+    """Transformer Engine's layer with the norm before it inside."""
+    return _column_parallel(module, functional.rms_norm(x, x.shape[-1:], module.layer_norm_weight, module.eps))
+
+
+def _row_parallel(module: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     out = all_reduce(functional.linear(x, module.weight), ReduceOp.SUM, module.tp_group)
-    if module.skip_bias_add or module.bias is None:
-        return out, module.bias
-    return out + module.bias, None
+    added, left = _bias(module)
+    return out if added is None else out + added, left
 
 
-# Transformer Engine's linear layers: their own Python takes three times as long as the product of a few tokens.
+def _bias(module: torch.nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """(what the layer adds, what it leaves to its caller), by Megatron's names or by Transformer Engine's, whose layers
+    keep an empty tensor where there is no bias."""
+    bias = module.bias if getattr(module, "use_bias", True) else None
+    leaves_it = module.te_return_bias if hasattr(module, "te_return_bias") else module.skip_bias_add
+    return (None, bias) if leaves_it else (bias, None)
 
 
-def _te_linear(module: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    bias = module.bias if module.use_bias else None  # it keeps an empty tensor where there is none
-    now, later = (None, bias) if module.te_return_bias else (bias, None)
-    return functional.linear(x, module.weight, now), later
-
-
-def _te_norm_linear(module: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    return _te_linear(module, functional.rms_norm(x, x.shape[-1:], module.layer_norm_weight, module.eps))
-
-
-def _te_row_parallel(module: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    out = all_reduce(functional.linear(x, module.weight), ReduceOp.SUM, module.tp_group)
-    if module.te_return_bias or not module.use_bias:
-        return out, module.bias if module.use_bias else None
-    return out + module.bias, None
-
-
+# Transformer Engine's own Python takes three times as long as the product of a few tokens.
 _ENGINE: dict[type, Callable[..., Any]] = {}
 if HAVE_TE:
     from megatron.core.extensions import transformer_engine as te
 
     _ENGINE = {
-        te.TELayerNormColumnParallelLinear: _te_norm_linear,
-        te.TEColumnParallelLinear: _te_linear,
-        te.TERowParallelLinear: _te_row_parallel,
+        te.TELayerNormColumnParallelLinear: _norm_column_parallel,
+        te.TEColumnParallelLinear: _column_parallel,
+        te.TERowParallelLinear: _row_parallel,
     }
 
 # Set on every module and config that has them. Sequence parallelism: one token cannot be split over ranks.

@@ -28,6 +28,11 @@ def calls(job: Job, command: str) -> list[str]:
     return [line for line in (job.run_dir / "calls").read_text().splitlines() if line.startswith(command)]
 
 
+def wait_for_training(job: Job) -> None:
+    """Until all four ranks of the stand-in have begun to train."""
+    wait_until(lambda: (job.run_dir / "calls").exists() and len(calls(job, "train")) == 4, 30, lambda: job.log)
+
+
 def test_shellcheck_finds_nothing():
     scripts = [*(ROOT / "slurm").glob("*.sh"), *Path(__file__).parent.glob("*.sh")]
     shellcheck = Path(sys.executable).with_name("shellcheck")
@@ -116,7 +121,7 @@ def test_a_crash_loop_stops_after_restarts_without_progress(lab, stand_in):
 
 def test_a_hang_is_requeued_before_the_limit_ends_the_job_for_good(lab, stand_in):
     job = Job.submit(SCRIPT, stand_in / "run", STAND_IN="hang", STAND_IN_STEPS="999", SAVE_SECONDS="2")
-    wait_until(lambda: (job.run_dir / "calls").exists() and len(calls(job, "train")) == 4, 30, lambda: job.log)
+    wait_for_training(job)
     lab("run", "scancel", "--batch", "--signal=USR1", job.id)  # as before a limit, which test_cluster_run.py waits for
     job.wait_for("still running 2 s after the signal")
     job.wait_for("stopped at step 0 with status 124: requeued")
@@ -130,7 +135,7 @@ def test_a_controller_that_does_not_answer_costs_no_requeue(lab, stand_in):
     scancel.write_text("#!/bin/sh\nexit 1\n")
     scancel.chmod(0o755)
     job = Job.submit(SCRIPT, stand_in / "run", STAND_IN_STEPS="999", SAVE_SECONDS="2")
-    wait_until(lambda: (job.run_dir / "calls").exists() and len(calls(job, "train")) == 4, 30, lambda: job.log)
+    wait_for_training(job)
     lab("run", "/usr/bin/scancel", "--batch", "--signal=USR1", job.id)
     job.wait_for("scancel cannot reach the steps")
     job.wait_for("stopped at step 0 with status 124: requeued")
@@ -141,7 +146,7 @@ def test_a_controller_that_does_not_answer_costs_no_requeue(lab, stand_in):
 def test_a_cancelled_job_stays_cancelled(lab, stand_in):
     job = Job.submit(SCRIPT, stand_in / "run", STAND_IN_STEPS="999")
     job.wait_for("train: logs")
-    wait_until(lambda: len(calls(job, "train")) == 4, 30, lambda: job.log)
+    wait_for_training(job)
     lab("run", "scancel", job.id)
     job.wait_end("CANCELLED")
     wait_until(lambda: lab("run", "squeue", "--noheader", "--jobs", job.id, check=False) == "", 30, lambda: job.state)

@@ -39,9 +39,9 @@ def check(layer: nn.Module, result, product) -> None:
 @pytest.mark.parametrize(("use_bias", "te_return_bias"), BIASES)
 def test_column_parallel_with_and_without_a_norm(use_bias, te_return_bias):
     layer = engine_layer(use_bias, te_return_bias)
-    check(layer, decoding._te_linear(layer, X), X @ layer.weight.T)
+    check(layer, decoding._column_parallel(layer, X), X @ layer.weight.T)
     normed = X / (X.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.layer_norm_weight
-    check(layer, decoding._te_norm_linear(layer, X), normed @ layer.weight.T)
+    check(layer, decoding._norm_column_parallel(layer, X), normed @ layer.weight.T)
 
 
 def row_parallel() -> None:
@@ -51,7 +51,7 @@ def row_parallel() -> None:
         whole = X @ layer.weight.T
         layer.weight = nn.Parameter(layer.weight.chunk(size, dim=1)[rank].contiguous())
         with torch.no_grad():
-            check(layer, decoding._te_row_parallel(layer, X.chunk(size, dim=-1)[rank].contiguous()), whole)
+            check(layer, decoding._row_parallel(layer, X.chunk(size, dim=-1)[rank].contiguous()), whole)
 
 
 def test_row_parallel_sums_over_the_ranks_and_adds_the_bias_once():
