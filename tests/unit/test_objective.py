@@ -61,6 +61,13 @@ def drawn_cases(draw) -> Case:
     )
 
 
+def gradient_scale(case: Case, loss: torch.Tensor) -> torch.Tensor | float:
+    """What a gradient's error is measured by, if the gradient is smaller. A KL's gradient is the difference of numbers
+    as large as the KL: fp32 cannot know it to more digits than those."""
+    nearly_kl = case.config.preset.endswith("_kl") or not 1e-2 < case.config.beta < 1 - 1e-2
+    return loss.abs() if nearly_kl else 1e-2
+
+
 @pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
 @settings(max_examples=300, deadline=None)
 @given(case=drawn_cases())
@@ -69,10 +76,36 @@ def test_value_and_gradient_equal_the_oracles(dtype, case):
     out, grad, padding = logits_call(case, dtype)
     loss, expected = cases.expected(case, dtype)
     assert cases.error(out.loss_sum.detach(), loss) < cases.TOLERANCE[dtype]
-    # A KL's gradient is the difference of numbers as large as the KL: fp32 cannot know it to more digits than those.
-    nearly_kl = case.config.preset.endswith("_kl") or not 1e-2 < case.config.beta < 1 - 1e-2
-    assert cases.error(grad, expected, scale=loss.abs() if nearly_kl else 1e-2) < cases.TOLERANCE[dtype]
+    assert cases.error(grad, expected, gradient_scale(case, loss)) < cases.TOLERANCE[dtype]
     assert not padding.any()
+
+
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+@settings(max_examples=150, deadline=None)
+@given(case=drawn_cases())
+def test_the_fused_head_equals_the_oracle_for_drawn_logits(dtype, case):
+    """The drawn logits, ties and all, are the hidden states of heads whose weight is the identity."""
+    assume(cases.is_decided(case, dtype))
+    x, unit = case.tensors(dtype), torch.eye(case.vocab_size, dtype=dtype)
+    weight, teacher_weight = (
+        cases.vocab_shard(unit, 0, case.width(1, padding), 0, 1)
+        for padding in (case.student_padding, case.teacher_padding)
+    )
+    hidden = x["student"].clone().requires_grad_()
+    fields = {"vocab_size": case.vocab_size}
+    if case.cu_seqlens:
+        fields["cu_seqlens"] = torch.tensor(case.cu_seqlens)
+    weight.requires_grad_()
+    out = tsdkd_loss_from_hidden(hidden, weight, x["teacher"], teacher_weight, x["mask"], case.config, **fields)
+    out.loss_sum.backward()
+    loss, expected = cases.expected(case, dtype)
+    assert cases.error(out.loss_sum.detach(), loss) < cases.TOLERANCE[dtype]
+    scale = gradient_scale(case, loss)
+    assert cases.error(hidden.grad, expected, scale) < cases.TOLERANCE[dtype]
+    products = torch.einsum("sbv,sbh->vh", expected, x["student"].double())
+    largest = x["student"].abs().max().clamp(min=1)
+    assert cases.error(weight.grad[: case.vocab_size], products, scale * largest) < cases.TOLERANCE[dtype]
+    assert not weight.grad[case.vocab_size :].any()
 
 
 # In bf16 on the same rounded inputs: only gradients are rounded, three times, by 2^-9 each of the largest or more.
