@@ -1,6 +1,6 @@
 """What a login node can know before any rank starts: the configuration is sound and the two models allow it.
 
-Reads names and JSON only: no weights, no torch, no GPU.
+Reads names and JSON only: no weights, no GPU.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ def check_setup(config: TrainConfig, batch: bool = True) -> dict[str, ModelShape
     Raises:
         ValueError: the first rule that does not hold, as field, value, rule and fix.
     """
-    config.validate(batch)
-    check_names(config)
+    check_fields(config, batch)
     shapes = {}
     for which, path in (("student", Path(config.student.path)), ("teacher", Path(config.teacher.path))):
         if _require_model(which, path):
@@ -37,6 +36,15 @@ def check_setup(config: TrainConfig, batch: bool = True) -> dict[str, ModelShape
     if len(shapes) == 2:
         check_shapes(config, **shapes)
     return shapes
+
+
+def check_fields(config: TrainConfig, batch: bool = True) -> None:
+    """The part of `check_setup` that reads no file. Raises ValueError as it does."""
+    from nemo_tsdkd.objective import check_rules  # with torch, which this module's other users may do without
+
+    config.validate(batch)
+    check_names(config)
+    check_rules(config.objective)
 
 
 def check_ranks(config: TrainConfig, started: int) -> None:

@@ -34,13 +34,11 @@ def check(argv: Sequence[str]) -> None:
     from nemo_tsdkd.check import check_setup
     from nemo_tsdkd.compose import add_config_arguments, config_from
     from nemo_tsdkd.memory import GIB, per_gpu
-    from nemo_tsdkd.objective import check_rules
 
     parser = argparse.ArgumentParser(prog="nemo-tsdkd check")
     add_config_arguments(parser)
     config = config_from(parser.parse_intermixed_args(argv))
     shapes = check_setup(config)
-    check_rules(config.objective)
     print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
     p = config.parallel
     print(

@@ -20,12 +20,11 @@ from datetime import timedelta
 from pathlib import Path
 
 from nemo_tsdkd import probes
-from nemo_tsdkd.check import check_ranks, check_setup
+from nemo_tsdkd.check import check_fields, check_ranks, check_setup
 from nemo_tsdkd.compose import add_config_arguments, config_from
 from nemo_tsdkd.config import TrainConfig
 from nemo_tsdkd.launch import Launch, environment, hosts
-from nemo_tsdkd.objective import check_rules
-from nemo_tsdkd.precision import check_engine, check_names
+from nemo_tsdkd.precision import check_engine
 
 
 @dataclass
@@ -51,9 +50,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     config = config_from(args)
     place = environment()
-    config.validate()
-    check_names(config)
-    check_rules(config.objective)
+    check_fields(config)
     check_ranks(config, place.world_size)
     errors = Preflight(config, place, args.timeout, args.allow_cpu).run()
     for line in errors:

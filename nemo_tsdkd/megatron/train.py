@@ -28,7 +28,6 @@ from nemo_tsdkd.megatron.strategy import TSDKDStrategy
 from nemo_tsdkd.memory import padded_vocab_size
 from nemo_tsdkd.metrics import RunWriter, save_provenance
 from nemo_tsdkd.model import Checkpoints, TSDKDModel, Vocabulary
-from nemo_tsdkd.objective import check_rules
 from nemo_tsdkd.patience import rank_zero_first
 from nemo_tsdkd.precision import check_engine, model_settings, plugin_settings
 
@@ -44,7 +43,6 @@ def train(config: TrainConfig) -> None:
         OSError: the run's disk is full.
     """
     check_setup(config)
-    check_rules(config.objective)
     check_engine(config)
     run_dir = Path(config.run_dir)
     with process_group():

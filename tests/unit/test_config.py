@@ -278,6 +278,7 @@ def test_check_setup_reads_both_models(pair):
         ("data.path=/nowhere", "data.path = '/nowhere': there is no such file"),
         ("data.path=/tmp data.split=test", "data.split = 'test': only a hub data set has one"),
         ("precision.name=fp8", "precision.name = 'fp8'"),
+        ("objective.gate_rule=sharp", "objective.gate_rule = 'sharp': must be one of"),
         ("teacher.precision=fp8_delayed", "teacher.precision = 'fp8_delayed': delayed scaling is not offered"),
         ("precision.name=fp8_tensorwise data.seq_length=68 micro_batch_size=1", "data.seq_length = 68"),
     ],
