@@ -51,7 +51,9 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | P
         typed = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.to_container(composed, resolve=True))
         missing = ", ".join(sorted(OmegaConf.missing_keys(typed)))
         if not missing:
-            return OmegaConf.to_object(typed)
+            config = OmegaConf.to_object(typed)
+            assert isinstance(config, TrainConfig)
+            return config
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
         cause = e.__cause__ if isinstance(e.__cause__, OmegaConfBaseException) else e
         lines = [line.strip().replace("full_key:", "at") for line in str(cause).splitlines()]

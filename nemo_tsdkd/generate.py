@@ -41,4 +41,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     from nemo_tsdkd.megatron.writer import write_responses
 
-    write_responses(config, args.model, Shards(args.output, args.format, args.shard_size))
+    write_responses(config, args.model, Shards(args.output, args.format, args.shard_size or 0))

@@ -29,7 +29,7 @@ class Shards:
     tokenized anew, may be cut in other places.
     """
 
-    def __init__(self, folder: Path, format: str, size: int | None = None) -> None:
+    def __init__(self, folder: Path, format: str, size: int = 0) -> None:
         self.folder, self.format, self.size = folder, format, size
 
     def claim(self, config: TrainConfig, model: str, rows: int, copies: int) -> None:
@@ -44,7 +44,7 @@ class Shards:
         """
         path = self.folder / _SETTINGS
         written = read_json(path) if path.exists() else {}
-        if self.size is None:
+        if not self.size:
             self.size = written["shards"]["size"] if written else _even_size(rows, copies)
         rollout = asdict(config.rollout)
         settings = {

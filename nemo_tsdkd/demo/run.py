@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--problems", type=int, default=HELD_OUT, help="held-out problems to score on")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of conf/demo.yaml, such as max_steps=20")
     args = parser.parse_args(argv)
-    folder, seconds = args.runs / "demo", {}
+    folder = args.runs / "demo"
+    seconds: dict[str, float] = {}
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 

@@ -102,6 +102,6 @@ def _records(
     ]
 
 
-def _claim(shards: Shards, config: TrainConfig, which: str, rows: int, copies: int) -> tuple[int | None, list[int]]:
+def _claim(shards: Shards, config: TrainConfig, which: str, rows: int, copies: int) -> tuple[int, list[int]]:
     shards.claim(config, which, rows, copies)
     return shards.size, shards.missing(rows)
