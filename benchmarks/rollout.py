@@ -74,6 +74,7 @@ def ours(folder: Path) -> Callable[[list[list[int]], list[int]], int]:
     from nemo_tsdkd.config import ParallelConfig, RolloutConfig
     from nemo_tsdkd.megatron.generation import generate
     from nemo_tsdkd.megatron.writer import load_for_decoding
+    from nemo_tsdkd.tokenizer import Vocabulary
 
     model = load_for_decoding(folder / "nemo", ParallelConfig())
 
@@ -85,8 +86,7 @@ def ours(folder: Path) -> Callable[[list[list[int]], list[int]], int]:
             sample_ids=list(range(len(batch))),
             seed=0,
             step=0,
-            eos_ids=set(eos_ids),
-            vocab_size=VOCAB,
+            vocabulary=Vocabulary(VOCAB, 0, tuple(eos_ids)),
             max_length=256,
             tp_group=None,
             pp_group=None,

@@ -12,11 +12,11 @@ import datasets
 import numpy as np
 from pyarrow.compute import list_value_length
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nemo_tsdkd.check import check_data
 from nemo_tsdkd.config import DataConfig
-from nemo_tsdkd.folders import HF_ASSETS
+from nemo_tsdkd.tokenizer import Vocabulary, response_text
 
 log = logging.getLogger(__name__)
 
@@ -29,61 +29,12 @@ ENCODED = datasets.Features(
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt as token ids. `response_ids` ends with EOS, or is empty where the data's response is not needed."""
+    """One prompt as token ids. `response_ids` ends with its first EOS, or has none where it was cut off by a limit; it
+    is empty where the data's response is not needed."""
 
     index: int
     prompt_ids: list[int]
     response_ids: list[int]
-
-
-def tokenizer_folder(path: str | Path) -> Path:
-    """The folder inside a Hugging Face or NeMo checkpoint folder that holds the tokenizer's files."""
-    inside = [Path(path, HF_ASSETS), Path(path, "context", "nemo_tokenizer")]  # of our import; of NeMo's own
-    return next((folder for folder in inside if folder.is_dir()), Path(path))
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local checkpoint folder. No code from the folder is run. ValueError where it has none."""
-    folder = tokenizer_folder(path)
-    if not folder.is_dir():
-        raise ValueError(f"no checkpoint folder {str(folder)!r}: give the path of a local Hugging Face or NeMo folder.")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        reason = f"{str(e).splitlines()[0]:.120}"  # transformers lists every model type it knows
-        raise ValueError(f"{str(folder)!r} has no tokenizer that transformers can load ({reason}).") from e
-
-
-def eos_token_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> list[int]:
-    """Every id that ends a response: the tokenizer's EOS first, then those of `generation_config.json`."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {str(path)!r} has no EOS token: a response could never end. Set eos_token.")
-    ids = [tokenizer.eos_token_id]
-    folder = tokenizer_folder(path)
-    if (folder / "generation_config.json").exists():
-        extra = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-        ids += extra if isinstance(extra, list) else [extra]
-    return list(dict.fromkeys(i for i in ids if i is not None))
-
-
-def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError with the first difference in vocabulary, special ids or chat template.
-
-    The divergence compares the two models token id by token id; one shifted id would make it meaningless.
-    """
-    student_vocab, teacher_vocab = student.get_vocab(), teacher.get_vocab()
-    for token in sorted(student_vocab.keys() | teacher_vocab.keys()):
-        _same(f"the id of token {token!r}", student_vocab.get(token), teacher_vocab.get(token))
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template"):
-        _same(name, getattr(student, name), getattr(teacher, name))
-
-
-def _same(what: str, student: Any, teacher: Any) -> None:
-    if student != teacher:
-        raise ValueError(
-            f"student and teacher answer to different tokenizers: {what} is {student!r:.80} for the student and "
-            f"{teacher!r:.80} for the teacher. Choose a pair from one model family, or copy one tokenizer to both."
-        )
 
 
 class PromptDataset(Dataset[Sample]):
@@ -95,29 +46,30 @@ class PromptDataset(Dataset[Sample]):
 
     @classmethod
     def load(
-        cls, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, need_response: bool = False
+        cls, config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | None = None
     ) -> PromptDataset:
         """Read `config.path`, check every row and tokenize it.
 
         A prompt longer than `seq_length - 1` leaves no room for a response token, and a response that needs more
         than `seq_length` together with its prompt would lose its end: both are dropped and counted, never cut.
 
+        Args:
+            vocabulary: that of the tokenizer, where responses are needed; a response is read up to its first EOS.
+
         Raises:
             ValueError: no such file or hub data set, a bad row (with file and line), a tokenizer without chat
-                template or EOS, or no usable row.
+                template, or no usable row.
         """
         if config.apply_chat_template and tokenizer.chat_template is None:
             raise ValueError(
                 "data.apply_chat_template = True: the tokenizer has no chat template. Set it to false for a base model."
             )
-        if need_response and tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no EOS token: a response could never end. Set eos_token.")
         encoded = datasets.concatenate_datasets(
             [
                 rows.map(
                     _encode,
                     with_indices=True,
-                    fn_kwargs=dict(source=source, config=config, tokenizer=tokenizer, need_response=need_response),
+                    fn_kwargs=dict(source=source, config=config, tokenizer=tokenizer, vocabulary=vocabulary),
                     remove_columns=rows.column_names,
                     features=ENCODED,
                     desc=f"Tokenizing {source}",
@@ -238,27 +190,33 @@ def _encode(
     source: str,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    need_response: bool,
-) -> dict[str, list[int]]:
+    vocabulary: Vocabulary | None,
+) -> dict[str, Any]:
     is_json = source.endswith(".jsonl")
     where = f"{source}, {'line' if is_json else 'row'} {index + 1}"
     if is_json:
         row = _parse_line(row["text"], where)
-    # Half of the public instruction data calls its prompts so.
-    column = "instruction" if config.prompt_column == "prompt" and "prompt" not in row else config.prompt_column
+    column = config.prompt_column
+    if column == "prompt" and "prompt" not in row and "instruction" in row:
+        column = "instruction"  # as half of the public instruction data calls its prompts
     prompt = _text(row, column, where)
     if config.apply_chat_template:
         message = {"role": "user", "content": prompt}
         prompt_ids = tokenizer.apply_chat_template([message], add_generation_prompt=True)
     else:
         prompt_ids = tokenizer(prompt)["input_ids"]
-    response_ids = []
-    if need_response and "response_ids" in row:
-        response_ids = _written_ids(row, config, tokenizer, where)
-    elif need_response:
-        response = _text(row, config.response_column, where)
-        response_ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    response_ids = _response_ids(row, config, tokenizer, vocabulary, where) if vocabulary else []
     return {"prompt": prompt, "prompt_ids": prompt_ids, "response_ids": response_ids}
+
+
+def _response_ids(
+    row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, where: str
+) -> list[int]:
+    if "response_ids" in row:
+        return vocabulary.first_response(_written_ids(row, config, tokenizer, where))
+    text = _text(row, config.response_column, where)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return vocabulary.first_response([*ids, tokenizer.eos_token_id])
 
 
 def _written_ids(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
@@ -271,11 +229,6 @@ def _written_ids(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedT
             "Remove the column, so that the text is tokenized."
         )
     return ids
-
-
-def response_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
-    """A response as text, without EOS and other special tokens."""
-    return tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 def _parse_line(line: str, where: str) -> dict[str, Any]:

@@ -38,17 +38,9 @@ from nemo_tsdkd.precision import pad_to_multiple
 from nemo_tsdkd.rollout import Response, interleave
 from nemo_tsdkd.sampling import on_policy
 from nemo_tsdkd.teacher import Teacher
+from nemo_tsdkd.tokenizer import Vocabulary
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What both models share of the tokenizer. Columns from `size` on are padding and carry no probability."""
-
-    size: int
-    pad_id: int
-    eos_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,7 @@ class TSDKDModel(llm.GPTModel):
         config: NeMo GPT config of the student; the strategy sets its parallel sizes.
         run: the whole training configuration.
         checkpoints: where both models' weights come from.
-        vocabulary: true vocabulary size and special token ids.
+        vocabulary: that of the tokenizer, which both models share.
         optim: NeMo optimizer module.
         resumes: the student's weights come from a checkpoint of the run, which NeMo's trainer loads.
     """
@@ -123,8 +115,7 @@ class TSDKDModel(llm.GPTModel):
         rollout = self.run.rollout
         first = step - step % rollout.reuse
         if not on_policy(self.run.seed, first, rollout.lmbda):
-            eos_ids = set(self.vocabulary.eos_ids)
-            return [Response(s.response_ids, truncated=not eos_ids & set(s.response_ids[-1:])) for s in samples]
+            return [Response(s.response_ids, truncated=not self.vocabulary.ends(s.response_ids)) for s in samples]
         if step == first:
             self._responses = self._write(samples, first)
         return self._responses
@@ -141,8 +132,7 @@ class TSDKDModel(llm.GPTModel):
             sample_ids=[sample.index for sample in mine],
             seed=self.run.seed,
             step=step,
-            eos_ids=set(self.vocabulary.eos_ids),
-            vocab_size=self.vocabulary.size,
+            vocabulary=self.vocabulary,
             max_length=self.run.data.seq_length,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             pp_group=parallel_state.get_pipeline_model_parallel_group(),
@@ -179,7 +169,7 @@ class TSDKDModel(llm.GPTModel):
         group = parallel_state.get_data_parallel_group()
         dist.all_reduce(count, group=group)
         if count == 0:
-            raise ValueError("no sequence of the global batch has a response token: nothing to learn from.")
+            raise ValueError("a global batch holds no response token: nothing to learn from. Look at data.path.")
         return count.item() / group.size()
 
     # Act three: the student is corrected. Megatron's schedule calls these for each micro-batch.

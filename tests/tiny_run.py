@@ -29,7 +29,11 @@ def prepare(root: Path) -> Path:
         ranks.run_ranks(import_hf, 1, source, root / name, meet=False)  # an import builds its own world
     with (root / "data.jsonl").open("w") as file:
         for i in range(37):  # ragged on both sides, and no multiple of any batch
-            row = {"prompt": f"Ann has {i} boxes" * (1 + i % 3), "response": f"{i} * 12 = {i * 12}. " * (1 + i % 4)}
+            row: dict = {"prompt": f"Ann has {i} boxes" * (1 + i % 3)}
+            if i % 8 in (2, 5, 7):  # nothing was written: such a sequence does not count, wherever it lands
+                row |= {"response": "", "response_ids": []}
+            else:
+                row["response"] = f"{i} * 12 = {i * 12}. " * (1 + i % 4)
             file.write(json.dumps(row) + "\n")
     return root
 

@@ -13,6 +13,7 @@ from nemo_tsdkd.megatron.decoding import KVCache, check_model, decoding
 from nemo_tsdkd.megatron.gpt import vocab_parallel_logits
 from nemo_tsdkd.rollout import Pass, Response, Schedule
 from nemo_tsdkd.sampling import fold, sample, step_key
+from nemo_tsdkd.tokenizer import Vocabulary
 from nemo_tsdkd.vocab_parallel import group_size
 
 
@@ -25,8 +26,7 @@ def generate(
     sample_ids: list[int],
     seed: int,
     step: int,
-    eos_ids: set[int],
-    vocab_size: int,
+    vocabulary: Vocabulary,
     max_length: int,
     tp_group: ProcessGroup | None,
     pp_group: ProcessGroup | None,
@@ -40,8 +40,7 @@ def generate(
         model: this rank's unwrapped pipeline stage; left as it was found (mode, sequence parallelism, FP8).
         prompts: token ids, ragged.
         sample_ids: one non-negative id per prompt, its identity in the data set; chooses its noise.
-        eos_ids: tokens that end a response.
-        vocab_size: true vocabulary size; padding columns beyond it are never drawn.
+        vocabulary: the tokens that may be drawn, and which of them end a response.
         max_length: limit of prompt + response in tokens.
         tp_group, pp_group: this rank's groups; None means not parallel.
 
@@ -54,7 +53,7 @@ def generate(
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
         max_length=max_length,
-        eos_ids=eos_ids,
+        eos_ids=vocabulary.eos_ids,
     )
     cache = KVCache(model, min(config.batch_size, len(prompts)), schedule.cache_length)
     device = cache.device
@@ -75,7 +74,7 @@ def generate(
                     temperature=config.temperature,
                     top_k=config.top_k,
                     top_p=config.top_p,
-                    vocab_size=vocab_size,
+                    vocab_size=vocabulary.size,
                     tp_group=tp_group,
                 )
             else:

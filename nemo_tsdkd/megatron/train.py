@@ -15,11 +15,12 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections import llm
+from transformers import PreTrainedTokenizerBase
 
 from nemo_tsdkd.check import check_setup
 from nemo_tsdkd.checkpoint import gpt_config, resolve
 from nemo_tsdkd.config import TrainConfig
-from nemo_tsdkd.data import PromptDataset, check_same_tokenizer, eos_token_ids, load_tokenizer
+from nemo_tsdkd.data import PromptDataset
 from nemo_tsdkd.integrity import step_of
 from nemo_tsdkd.megatron.callbacks import Report, SaveAndStop
 from nemo_tsdkd.megatron.datamodule import SampleModule
@@ -27,9 +28,10 @@ from nemo_tsdkd.megatron.saving import checkpoint_to_resume, full_disk_named, ma
 from nemo_tsdkd.megatron.strategy import TSDKDStrategy
 from nemo_tsdkd.memory import padded_vocab_size
 from nemo_tsdkd.metrics import RunWriter, save_provenance
-from nemo_tsdkd.model import Checkpoints, TSDKDModel, Vocabulary
+from nemo_tsdkd.model import Checkpoints, TSDKDModel
 from nemo_tsdkd.patience import rank_zero_first
 from nemo_tsdkd.precision import check_engine, model_settings, plugin_settings
+from nemo_tsdkd.tokenizer import Vocabulary, check_same_tokenizer, load_tokenizer
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # as Megatron's own groups have; longer waits: `patience.py`
 
@@ -50,8 +52,11 @@ def train(config: TrainConfig) -> None:
         if checkpoint and step_of(checkpoint) >= config.max_steps:
             _end_again(run_dir, config, step_of(checkpoint))
             return
-        data = build_data(config)
-        model = build_model(config, run_dir, resumes=checkpoint is not None)
+        tokenizer = load_tokenizer(config.student.path)
+        check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.path))
+        vocabulary = Vocabulary.of(tokenizer, config.student.path)
+        data = build_data(config, tokenizer, vocabulary)
+        model = build_model(config, vocabulary, run_dir, resumes=checkpoint is not None)
         if dist.get_rank() == 0:
             save_provenance(run_dir, config)
         callbacks = [
@@ -83,27 +88,24 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def build_data(config: TrainConfig) -> SampleModule:
-    """The run's samples, tokenized. Raises ValueError where the two tokenizers differ or no row is usable."""
-    tokenizer = load_tokenizer(config.student.path)
-    check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.path))
-    needs_response = config.rollout.lmbda < 1
-    data = rank_zero_first(lambda: PromptDataset.load(config.data, tokenizer, need_response=needs_response))
+def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> SampleModule:
+    """The run's samples, tokenized. Raises ValueError where a row is bad or none is usable."""
+    off_policy = config.rollout.lmbda < 1
+    data = rank_zero_first(lambda: PromptDataset.load(config.data, tokenizer, vocabulary if off_policy else None))
     return SampleModule(data, config)
 
 
-def build_model(config: TrainConfig, run_dir: Path, resumes: bool = False) -> TSDKDModel:
+def build_model(config: TrainConfig, vocabulary: Vocabulary, run_dir: Path, resumes: bool = False) -> TSDKDModel:
     """Both models in the run's layout and one padded vocabulary; their weights are loaded later.
 
     Raises:
-        ValueError: a checkpoint that is none, or an objective that the vocabulary does not allow.
+        ValueError: a checkpoint that is none, a model without rows for the vocabulary, or an objective that the
+            vocabulary does not allow.
     """
     cache = run_dir / "imported"
     student, teacher = resolve(config.student.path, cache), resolve(config.teacher.path, cache)
     student_config, teacher_config = gpt_config(student), gpt_config(teacher)
-    tokenizer = load_tokenizer(config.student.path)
-    eos_ids = eos_token_ids(tokenizer, config.student.path)
-    vocabulary = Vocabulary(size=len(tokenizer), pad_id=eos_ids[0], eos_ids=tuple(eos_ids))
+    vocabulary.require_rows(student=student_config.vocab_size, teacher=teacher_config.vocab_size)
     config.objective.validate(vocab_size=vocabulary.size)
     set_layout(student_config, config, model_settings(config.precision.name, config.precision.first_last_layers_bf16))
     set_layout(teacher_config, config, model_settings(config.teacher.precision))

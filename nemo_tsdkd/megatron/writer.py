@@ -17,13 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_tsdkd.checkpoint import gpt_config, load_weights, resolve
 from nemo_tsdkd.config import ParallelConfig, TrainConfig
-from nemo_tsdkd.data import PromptDataset, eos_token_ids, load_tokenizer, response_text
+from nemo_tsdkd.data import PromptDataset
 from nemo_tsdkd.megatron.generation import generate
 from nemo_tsdkd.megatron.train import process_group
 from nemo_tsdkd.memory import padded_vocab_size
 from nemo_tsdkd.patience import from_rank_zero, patient_group, rank_zero_first
 from nemo_tsdkd.rollout import Response
 from nemo_tsdkd.shards import Shards
+from nemo_tsdkd.tokenizer import Vocabulary, load_tokenizer, response_text
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +55,16 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
     path = getattr(config, which).path
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     tokenizer = load_tokenizer(path)
+    vocabulary = Vocabulary.of(tokenizer, path)
     with process_group():
         prompts = rank_zero_first(lambda: PromptDataset.load(config.data, tokenizer))
         everyone = patient_group()
         copies = dist.get_world_size() // (tp * pp)
         # Rank 0 alone looks: on a network file system others may see shards later.
         shards.size, missing = from_rank_zero(lambda: _claim(shards, config, which, len(prompts), copies))
-        model = load_for_decoding(resolve(path, Path(config.run_dir) / "imported"), config.parallel)
+        checkpoint = resolve(path, Path(config.run_dir) / "imported")
+        vocabulary.require_rows(**{which: gpt_config(checkpoint).vocab_size})
+        model = load_for_decoding(checkpoint, config.parallel)
         tp_group = parallel_state.get_tensor_model_parallel_group()
         pp_group = parallel_state.get_pipeline_model_parallel_group()
         answer = partial(
@@ -69,8 +73,7 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
             config=config.rollout,
             seed=config.seed,
             step=0,
-            eos_ids=set(eos_token_ids(tokenizer, path)),
-            vocab_size=len(tokenizer),
+            vocabulary=vocabulary,
             max_length=config.data.seq_length,
             tp_group=tp_group,
             pp_group=pp_group,

@@ -95,7 +95,8 @@ def fixed_point(entropy: Tensor) -> Tensor:
 def cumulative_entropy(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
     """The opener: the shortest prefix that holds the share `threshold` of the response's student entropy."""
     entropy = fixed_point(tokens.student_entropy)
-    return tokens.is_first | (tokens.before(entropy) < config.threshold * tokens.total(entropy).double())
+    # Half a unit less, for a product of floats may exceed the exact share: 7 % of 100 equal entropies are 7, not 8.
+    return tokens.is_first | (tokens.before(entropy) < config.threshold * tokens.total(entropy).double() - 0.5)
 
 
 @rule("top_fraction")
@@ -106,7 +107,7 @@ def top_fraction(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
     place = torch.arange(len(order), device=order.device) - tokens.first
     length = tokens.last - tokens.first + 1
     chosen = torch.empty_like(tokens.response)
-    # Less what a product of floats may exceed the exact one by: 7 % of 100 tokens are 7, not 8.
+    # Less 1e-9: as floats 0.07 * 100 is more than 7, and its ceiling 8.
     chosen[order] = place < torch.ceil(config.entropy_fraction * length.double() - 1e-9)
     return chosen
 

@@ -219,3 +219,24 @@ def test_collectives_are_as_many_and_as_large_as_docs_math_states():
             after = [("_reduce_scatter_base_", hidden)]
         assert forward == before + objective
         assert backward == after
+
+
+def count_over_context() -> tuple[list, list]:
+    """Collectives of the forward and of the backward where two ranks share the sequences alone."""
+    case, group = Case(), dist.group.WORLD
+    rows = cases.sequence_shard(case.steps, None, group.rank(), 2)
+    x = case.tensors(torch.float32)
+    with Collectives() as forward:
+        out = tsdkd_loss(
+            x["student"][rows].requires_grad_(), x["teacher"][rows], x["mask"][rows], case.config, cp_group=group
+        )
+    with Collectives() as backward:
+        out.loss_sum.backward()
+    return forward.seen, backward.seen
+
+
+def test_context_parallel_collectives_are_those_that_docs_math_states():
+    case = Case()
+    for forward, backward in run_ranks(count_over_context, 2):
+        assert forward == [("_allgather_base_", 4 * case.steps * case.batch // 2), ("allreduce_", 9)]
+        assert backward == []

@@ -38,6 +38,7 @@ def rollouts(checkpoint: Path, tp: int, pp: int, sequence_parallel: bool, runs: 
     from nemo_tsdkd.config import RolloutConfig
     from nemo_tsdkd.megatron.generation import generate
     from nemo_tsdkd.memory import padded_vocab_size
+    from nemo_tsdkd.tokenizer import Vocabulary
 
     vocab_size = gpt_config(checkpoint).vocab_size
     padded = padded_vocab_size(vocab_size, tensor_model_parallel_size=tp)
@@ -53,8 +54,7 @@ def rollouts(checkpoint: Path, tp: int, pp: int, sequence_parallel: bool, runs: 
             sample_ids=order,
             seed=run.get("seed", 1),
             step=run.get("step", 5),
-            eos_ids=set(EOS),
-            vocab_size=vocab_size,
+            vocabulary=Vocabulary(vocab_size, 0, tuple(EOS)),
             max_length=run.get("max_length", 64),
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             pp_group=parallel_state.get_pipeline_model_parallel_group(),

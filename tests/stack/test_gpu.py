@@ -113,6 +113,7 @@ def greedy_gap(checkpoint: Path) -> float:
     from nemo_tsdkd.config import RolloutConfig
     from nemo_tsdkd.megatron.generation import generate
     from nemo_tsdkd.megatron.gpt import attention_mask
+    from nemo_tsdkd.tokenizer import Vocabulary
 
     model = build(checkpoint).cuda().eval()
     prompts = [[3, 1, 4, 1, 5], [9, 2], list(range(20, 57))]
@@ -123,8 +124,7 @@ def greedy_gap(checkpoint: Path) -> float:
         sample_ids=[0, 1, 2],
         seed=1,
         step=0,
-        eos_ids=set(),
-        vocab_size=tiny_run.STUDENT_VOCAB,
+        vocabulary=Vocabulary(tiny_run.STUDENT_VOCAB, 0, ()),
         max_length=64,
         tp_group=None,
         pp_group=None,

@@ -14,6 +14,7 @@ from nemo_tsdkd.data import Sample
 from nemo_tsdkd.integrity import newest_whole, step_folder
 from nemo_tsdkd.metrics import read_metrics
 from nemo_tsdkd.rollout import Response
+from nemo_tsdkd.tokenizer import Vocabulary
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 
@@ -159,7 +160,7 @@ def shared_out() -> list[list[int]]:
 
     parallel_state.initialize_model_parallel(context_parallel_size=2)
     run = SimpleNamespace(rollout=None, seed=1, data=SimpleNamespace(seq_length=9))
-    vocabulary = model.Vocabulary(9, 0, (1,))
+    vocabulary = Vocabulary(9, 0, (1,))
     student = SimpleNamespace(run=run, module=None, vocabulary=vocabulary, _writers=patient_group())
     samples = [Sample(i, [10 + i], []) for i in range(5)]
     with patch.object(model, "generate", write), patch.object(model, "unwrap"):

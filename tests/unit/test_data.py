@@ -13,7 +13,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from nemo_tsdkd.batch import make_micro_batches
 from nemo_tsdkd.config import DataConfig
-from nemo_tsdkd.data import EpochOrder, PromptDataset, Sample, check_same_tokenizer, eos_token_ids, load_tokenizer
+from nemo_tsdkd.data import EpochOrder, PromptDataset, Sample
+from nemo_tsdkd.tokenizer import Vocabulary, check_same_tokenizer, load_tokenizer
 
 WORDS = ["<pad>", "<eos>", "<end>", "<unk>", "user:", "bot:", "one", "two", "three", "four"]
 TEMPLATE = "user: {{ messages[0]['content'] }} {% if add_generation_prompt %}bot:{% endif %}"
@@ -45,7 +46,7 @@ def write(path, *rows):
 
 def load(path, tokenizer, need_response=False, **fields):
     config = DataConfig(path=str(path), **{"seq_length": 64, **fields})
-    return PromptDataset.load(config, tokenizer, need_response=need_response)
+    return PromptDataset.load(config, tokenizer, Vocabulary.of(tokenizer, "nowhere") if need_response else None)
 
 
 def test_template_eos_and_columns(tmp_path, tokenizer):
@@ -108,7 +109,7 @@ GOOD = {"prompt": "one", "response": "two"}
         ('{"prompt": ', "line 2: not JSON"),
         ("", "line 2: not JSON"),
         ("[1]", "line 2: holds a list"),
-        ({"question": "one"}, r"line 2: no column 'instruction' among \['question'\]"),
+        ({"question": "one"}, r"line 2: no column 'prompt' among \['question'\]"),
         ({"prompt": 5, "response": "two"}, "line 2: prompt = 5: must be text"),
         ({"prompt": None, "response": "two"}, "line 2: prompt = None"),
         ({"prompt": "one", "response": " "}, "line 2: response = ' '"),
@@ -158,46 +159,64 @@ def test_unusable_sources(tmp_path, tokenizer, monkeypatch):
         load(tmp_path / "long.jsonl", tokenizer, seq_length=3)
 
 
-def test_tokenizer_without_template_or_eos(tmp_path):
+def test_tokenizer_without_template(tmp_path):
     path = write(tmp_path / "a.jsonl", GOOD)
     with pytest.raises(ValueError, match=r"apply_chat_template = True.*no chat template"):
         load(path, make_tokenizer(chat_template=None))
-    with pytest.raises(ValueError, match="no EOS"):
-        load(path, make_tokenizer(eos_token=None), need_response=True)
 
 
-def test_eos_ids_of_a_saved_folder(tmp_path, tokenizer):
+def test_the_vocabulary_of_a_saved_folder(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(tmp_path)
     check_same_tokenizer(loaded, tokenizer)
-    assert eos_token_ids(loaded, tmp_path) == [EOS]
+    assert Vocabulary.of(loaded, tmp_path) == Vocabulary(len(WORDS), EOS, (EOS,))
     GenerationConfig(eos_token_id=[2, EOS]).save_pretrained(tmp_path)
-    assert eos_token_ids(loaded, tmp_path) == [EOS, 2]
+    assert Vocabulary.of(loaded, tmp_path).eos_ids == (EOS, 2)
     with pytest.raises(ValueError, match="no EOS token"):
-        eos_token_ids(make_tokenizer(eos_token=None), tmp_path)
+        Vocabulary.of(make_tokenizer(eos_token=None), tmp_path)
+
+
+def test_a_model_has_a_row_for_every_token_id():
+    vocabulary = Vocabulary(10, 0, (1,))
+    vocabulary.require_rows(student=10, teacher=12)
+    with pytest.raises(ValueError, match=r"teacher.path: the tokenizer has 10 ids, but the model 9 rows"):
+        vocabulary.require_rows(student=10, teacher=9)
+
+
+def test_a_response_ends_with_its_first_eos(tmp_path, tokenizer):
+    """Also one whose text or tokens go on: nothing behind it is trained."""
+    path = write(
+        tmp_path / "a.jsonl",
+        {"prompt": "one", "response": "two <eos>"},
+        {"prompt": "one", "response": "two <eos> three"},
+        {"prompt": "one", "response": "two", "response_ids": [TWO, EOS, EOS, 0]},
+        {"prompt": "one", "response": "two", "response_ids": [TWO]},
+    )
+    data = load(path, tokenizer, need_response=True)
+    assert [sample.response_ids for sample in data] == [[TWO, EOS]] * 3 + [[TWO]]
 
 
 @pytest.mark.parametrize("inside", ["context/huggingface", "context/nemo_tokenizer"])
 def test_nemo_folder_and_folders_without_tokenizer(tmp_path, tokenizer, inside):
     tokenizer.save_pretrained(tmp_path / "nemo" / inside)
     assert load_tokenizer(tmp_path / "nemo").get_vocab() == tokenizer.get_vocab()
-    with pytest.raises(ValueError, match="no checkpoint folder"):
+    with pytest.raises(ValueError, match="missing: no such folder"):
         load_tokenizer(tmp_path / "missing")
-    with pytest.raises(ValueError, match="has no tokenizer"):
+    with pytest.raises(ValueError, match="has no tokenizer that"):
         load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("teacher", "difference"),
     [
-        (make_tokenizer([*WORDS[:6], "two", "one", *WORDS[8:]]), "the id of token 'one' is 6 .* and 7 for the teacher"),
-        (make_tokenizer([*WORDS, "five"]), "the id of token 'five' is None .* and 10"),
-        (make_tokenizer(eos_token="<end>"), "eos_token_id is 1 .* and 2"),
+        (make_tokenizer([*WORDS[:6], "two", "one", *WORDS[8:]]), "the id of token 'one' is 7 instead of 6"),
+        (make_tokenizer([*WORDS, "five"]), "the id of token 'five' is 10 instead of None"),
+        (make_tokenizer(eos_token="<end>"), "eos_token_id is 2 instead of 1"),
         (make_tokenizer(chat_template="{{ messages }}"), "chat_template is"),
     ],
 )
 def test_the_first_tokenizer_difference_is_named(tokenizer, teacher, difference):
-    with pytest.raises(ValueError, match=f"different tokenizers: {difference}"):
+    with pytest.raises(ValueError, match=f"tokenizer is not the student's: {difference}"):
         check_same_tokenizer(tokenizer, teacher)
 
 

@@ -27,6 +27,13 @@ def test_the_opener_holds_the_position_that_reaches_the_share(threshold, chosen)
     assert choose("cumulative_entropy", [1.0, 2.0, 3.0, 4.0], threshold=threshold) == chosen
 
 
+@pytest.mark.parametrize("percent", [7, 14, 28, 56])
+def test_an_exact_share_of_equal_entropies_is_no_token_longer(percent):
+    """0.07 * 100 > 7 in floats, and so for the others."""
+    assert percent / 100 * 100 > percent
+    assert sum(choose("cumulative_entropy", [3.7] * 100, threshold=percent / 100)) == percent
+
+
 def test_each_sequence_has_its_own_opener_also_without_entropy():
     assert choose("cumulative_entropy", [1.0, 1.0], [0.0, 0.0, 0.0], [0.0, 5.0], threshold=0.5) == [1, 0, 1, 0, 0, 1, 1]
 

@@ -6,8 +6,9 @@ import pytest
 from tiny_hf import save_tokenizer
 
 from nemo_tsdkd.config import DataConfig, TrainConfig
-from nemo_tsdkd.data import PromptDataset, load_tokenizer, response_text
+from nemo_tsdkd.data import PromptDataset
 from nemo_tsdkd.shards import FORMATS, Shards
+from nemo_tsdkd.tokenizer import Vocabulary, load_tokenizer, response_text
 
 
 def config(**changes):
@@ -96,10 +97,11 @@ def test_the_trainer_reads_the_tokens_that_were_sampled(tmp_path, monkeypatch, f
     shards.claim(config(), "teacher", len(records), 2)
     shards.write(0, records[:2])
     data = DataConfig(path=str(tmp_path / "out"), seq_length=64)
+    vocabulary = Vocabulary.of(tokenizer, tmp_path / "tokenizer")
     with pytest.raises(ValueError, match=rf"`generate` has not ended, 1 files .*responses-00001\.{format}"):
-        PromptDataset.load(data, tokenizer, need_response=True)
+        PromptDataset.load(data, tokenizer, vocabulary)
     shards.write(1, records[2:])
-    read = PromptDataset.load(data, tokenizer, need_response=True)
+    read = PromptDataset.load(data, tokenizer, vocabulary)
     assert [sample.response_ids for sample in read] == [ids for ids, _ in written]
     assert read.rows["prompt"][:] == ["Ann has 0", "Ann has 1", "Ann has 2"]
 
@@ -110,5 +112,6 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path, monkeypatch):
     row = {"prompt": "Ann", "response": "boxes", "response_ids": [5, 6]}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     data = DataConfig(path=str(tmp_path / "a.jsonl"), seq_length=64)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match=r"line 1: response_ids are not the tokens of 'response'"):
-        PromptDataset.load(data, load_tokenizer(tmp_path / "tokenizer"), need_response=True)
+        PromptDataset.load(data, tokenizer, Vocabulary.of(tokenizer, tmp_path / "tokenizer"))
