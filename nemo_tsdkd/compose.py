@@ -49,14 +49,16 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | P
             composed = compose(name, overrides=[*overrides, f"hydra.searchpath=['file://{CONF}']"])
         # Once more onto the dataclasses: Hydra lets `+key=value` through.
         typed = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.to_container(composed, resolve=True))
-        missing = ", ".join(sorted(OmegaConf.missing_keys(typed)))
-        if not missing:
-            config = OmegaConf.to_object(typed)
-            assert isinstance(config, TrainConfig)
-            return config
+        if missing := ", ".join(sorted(OmegaConf.missing_keys(typed))):
+            raise ValueError(f"configuration {name!r} leaves open: {missing}. Give each as key=value.")
+        config = OmegaConf.to_object(typed)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
         cause = e.__cause__ if isinstance(e.__cause__, OmegaConfBaseException) else e
         lines = [line.strip().replace("full_key:", "at") for line in str(cause).splitlines()]
         said = " ".join(line for line in lines if line and not line.startswith(_NOISE))
         raise ValueError(f"configuration {name!r}: {said}.") from e
-    raise ValueError(f"configuration {name!r} leaves open: {missing}. Give each as key=value.")
+    assert isinstance(config, TrainConfig)
+    named = {override.split("=")[0].lstrip("+").removeprefix("objective.") for override in overrides}
+    config.objective.validate_preset(named)
+    config.objective = config.objective.resolved()  # what is shown and recorded is what the loss computes
+    return config

@@ -7,8 +7,8 @@ submission can be checked on the login node.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from nemo_tsdkd import validation
@@ -81,12 +81,21 @@ class ObjectiveConfig:
                 "Lower top_k.",
             )
 
-    def validate_preset(self) -> None:
-        """Raise ValueError on a field that the user set and the preset would set to something else."""
+    def resolved(self) -> ObjectiveConfig:
+        """With the preset's fields set."""
+        return replace(self, **PRESETS[self.preset])
+
+    def validate_preset(self, named: Collection[str] = ()) -> None:
+        """Raise ValueError on a field that the user set and the preset would set to something else.
+
+        Args:
+            named: fields known to be set by the user, be it to their default.
+        """
+        validation.one_of("objective.preset", self.preset, list(PRESETS))
         for name, value in PRESETS[self.preset].items():
             given, default = getattr(self, name), getattr(type(self), name)
             validation.require(
-                given in (default, value),
+                given == value or (given == default and name not in named),
                 f"objective.{name}",
                 given,
                 f"objective.preset = {self.preset} sets it to {value}",

@@ -191,7 +191,7 @@ def _loss(
 def padded_vocab_size(*vocab_sizes: int, tensor_model_parallel_size: int) -> int:
     """The common width of several models' embeddings: their largest, rounded up to 128 rows a tensor-parallel rank.
 
-    The same width serves every TP up to 8, so that a run resumes on another: flat optimizer state has no padding rows
+    The same width serves TP 1, 2, 4 and 8, so that a run resumes on another: flat optimizer state has no padding rows
     that could be cut or added.
     """
     rows = math.lcm(128 * 8, 128 * tensor_model_parallel_size)

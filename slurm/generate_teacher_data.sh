@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
 # Responses of the teacher to the prompts in DATA, for off-policy training (LAMBDA=0 DATA=OUTPUT):
-#   DATA=/shared/prompts.jsonl OUTPUT=/shared/responses sbatch slurm/generate_teacher_data.sh [-- HYDRA_OVERRIDE...]
+#   DATA=/shared/prompts.jsonl OUTPUT=/shared/a/responses sbatch slurm/generate_teacher_data.sh [-- HYDRA_OVERRIDE...]
 # CONFIG_NAME names the pair. Submitted again, it goes on where it was cut off.
 set -euo pipefail
 # shellcheck source=slurm/lib.sh

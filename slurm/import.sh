@@ -15,5 +15,6 @@ set -euo pipefail
 source "${TSDKD_HOME:-$SLURM_SUBMIT_DIR}/slurm/lib.sh"
 require MODEL_NAME "the model's name, such as Qwen/Qwen2.5-14B-Instruct"
 SOURCE=${SOURCE:-$MODELS_DIR/hf/$MODEL_NAME}
+mkdir -p "$MODELS_DIR" # only folders that exist are mounted
 use_container "$SOURCE"
 run_once import nemo-tsdkd import --source "$SOURCE" --output "$MODELS_DIR/$MODEL_NAME"

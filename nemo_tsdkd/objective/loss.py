@@ -9,7 +9,6 @@ from nemo_tsdkd.config import TILE_LOGITS, ObjectiveConfig
 from nemo_tsdkd.objective.function import METRICS, Call, Head, Objective
 from nemo_tsdkd.objective.heads import FusedHead, LogitsHead
 from nemo_tsdkd.objective.output import ObjectiveOutput
-from nemo_tsdkd.objective.presets import resolve
 from nemo_tsdkd.objective.selection import check_rules
 from nemo_tsdkd.objective.sequences import SequenceLayout
 from nemo_tsdkd.vocab_parallel import Group, Overlap, group_size, head_rows
@@ -130,7 +129,7 @@ def _tile_logits(config: ObjectiveConfig, tensor: Tensor) -> int:
 def _checked(config: ObjectiveConfig, vocab_size: int) -> ObjectiveConfig:
     config.validate(vocab_size)
     check_rules(config)
-    return resolve(config)
+    return config.resolved()
 
 
 def _check_shapes(mask: Tensor, split: int = 1, **tensors: Tensor) -> None:
@@ -164,7 +163,7 @@ def _call(config: ObjectiveConfig, mask: Tensor, cu_seqlens: Tensor | None, tp_g
     if config.preset == "reference" and cu_seqlens is not None:
         raise ValueError(
             "objective.preset = 'reference' with packed rows: its opener is one column of a batch of rows. "
-            "Turn packing off, or use preset paper."
+            "Leave cu_seqlens out, or use preset paper."
         )
     mask = mask.bool()
     # The reference preset trains padding positions too, so it reads them all.
@@ -177,6 +176,6 @@ def _call(config: ObjectiveConfig, mask: Tensor, cu_seqlens: Tensor | None, tp_g
 def _run(call: Call, head: Head) -> ObjectiveOutput:
     loss_sum, values, num_sequences = Objective.apply(call, head, *head.tensors)
     metrics = dict(zip(METRICS, values.unbind(), strict=True))
-    share = num_sequences.clamp(min=1)
-    terms = {name: metrics[name] / share for name in ("direct", "indirect", "entropy")}
-    return ObjectiveOutput(loss_sum / share, loss_sum, num_sequences, **terms, metrics=metrics)
+    count = num_sequences.clamp(min=1)
+    terms = {name: metrics[name] / count for name in ("direct", "indirect", "entropy")}
+    return ObjectiveOutput(loss_sum / count, loss_sum, num_sequences, **terms, metrics=metrics)

@@ -1,19 +1,14 @@
-"""Presets: what a config's `preset` sets, and the weight that each token then has in each term."""
+"""The weight that each token has in each term, under the paper's arithmetic or the public trainer's."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from nemo_tsdkd.config import PRESETS, ObjectiveConfig
+from nemo_tsdkd.config import ObjectiveConfig
 from nemo_tsdkd.objective.selection import RULES, Tokens, confidence, fixed_point
-
-
-def resolve(config: ObjectiveConfig) -> ObjectiveConfig:
-    """The config with its preset's fields set."""
-    return replace(config, **PRESETS[config.preset])
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class TokenWeights:
 
 
 def token_weights(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
-    """Weights under a resolved config (`resolve`) whose rules are registered (`check_rules`)."""
+    """Weights under a resolved config (`ObjectiveConfig.resolved`) whose rules are registered (`check_rules`)."""
     return _reference(tokens, config) if config.preset == "reference" else _per_sequence(tokens, config)
 
 

@@ -83,6 +83,13 @@ def test_overrides_and_groups():
     config.validate()  # what the demo sets of the objective does not stand in a preset's way
 
 
+def test_a_preset_s_fields_are_shown_and_recorded_as_the_loss_takes_them():
+    objective = compose_config("tiny", [*PATHS, "objective=reverse_kl"]).objective
+    assert (objective.beta, objective.indirect_kd_alpha, objective.gate_rule) == (1.0, 0.0, "identity")
+    with pytest.raises(ValueError, match="objective.beta = 0.9: objective.preset = reverse_kl sets it to 1.0"):
+        compose_config("tiny", [*PATHS, "objective=reverse_kl", "objective.beta=0.9"])  # the default, but asked for
+
+
 def test_a_folder_of_ones_own_builds_on_conf(tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [tiny, {override objective: gkd}, _self_]\nseed: 7\n")
     config = compose_config("mine", PATHS, tmp_path)

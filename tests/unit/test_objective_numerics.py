@@ -6,7 +6,7 @@ import pytest
 import torch
 from objective_cases import Case
 
-from nemo_tsdkd.objective import ObjectiveConfig, tsdkd_loss
+from nemo_tsdkd.objective import ObjectiveConfig, tsdkd_loss, tsdkd_loss_from_hidden
 
 CONFIGS = cases.presets(top_k=4, threshold=0.4)
 INF = float("inf")
@@ -108,3 +108,13 @@ def test_broken_logits_outside_the_response_are_not_read():
         x[model][~x["mask"]] = float("nan")
     out, grad = call(x["student"], x["teacher"], ObjectiveConfig(), x["mask"])
     assert torch.equal(out.loss, expected.loss) and grad.isfinite().all()
+
+
+def test_a_callers_autocast_rounds_nothing():
+    x, mask = Case().hidden(torch.float32), Case().tensors(torch.float32)["mask"]
+    names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+    losses = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(tsdkd_loss_from_hidden(*(x[name] for name in names), mask, ObjectiveConfig()).loss)
+    assert losses[0] == losses[1]
