@@ -1,4 +1,5 @@
-# Two commands from a bare checkout: `make demo` and `make test`. All of it lives in .venv and runs/.
+# Two commands from a bare checkout: `make demo` and `make test`. All of it lives in .venv and runs/; as root, `lab`
+# also installs Debian packages.
 PYTHON ?= python3.11
 BIN := .venv/bin
 SCRIPTS := .ci/run $(wildcard slurm/*.sh tests/slurm/*.sh)

@@ -18,7 +18,6 @@ class MicroBatch(TypedDict):
     position_ids: Tensor  # [B, S] int64
     response_mask: Tensor  # [B, S] bool: the logits at this position predict a response token (the first EOS included)
     sample_index: Tensor  # [B] int64
-    lengths: Tensor  # [B] int64, tokens before the padding
 
 
 def make_micro_batches(
@@ -66,16 +65,13 @@ def _pad(
     width = -(-longest // multiple) * multiple
     tokens = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    lengths = torch.zeros(len(rows), dtype=torch.int64)
     for b, (sample, response) in enumerate(rows):
         start, end = len(sample.prompt_ids), len(sample.prompt_ids) + len(response)
         tokens[b, :end] = torch.tensor([*sample.prompt_ids, *response])
         mask[b, start - 1 : end - 1] = True
-        lengths[b] = end
     return MicroBatch(
         tokens=tokens.to(device),
         position_ids=torch.arange(width, device=device).expand(len(rows), width),
         response_mask=mask.to(device),
         sample_index=torch.tensor([sample.index for sample, _ in rows], device=device),
-        lengths=lengths.to(device),
     )

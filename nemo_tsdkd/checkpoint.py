@@ -86,7 +86,7 @@ def load_weights(module: MCoreGPTModel, checkpoint: Path) -> None:
     if missing or unexpected:
         raise ValueError(
             f"{checkpoint}: not this model's weights. In the file only: {sorted(missing) or 'nothing'}; "
-            f"in the model only: {sorted(unexpected) or 'nothing'}."
+            f"in the model only: {sorted(unexpected) or 'nothing'}. Import the model again."
         )
     weights = {k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)}
     absent, _ = module.load_state_dict(weights, strict=False)

@@ -59,7 +59,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "check": (check, "print the resolved configuration and say whether it can run; needs no GPU"),
     "import": (_later("convert", "import_main"), "Hugging Face checkpoint -> NeMo checkpoint"),
     "export": (_later("convert", "export_main"), "training checkpoint -> NeMo or Hugging Face checkpoint"),
-    "generate": (_later("generate", "main"), "write responses of the student or the teacher to a file"),
+    "generate": (_later("generate", "main"), "write responses of the student or the teacher to a folder"),
     "evaluate": (_later("evaluate", "main"), "score an exported student on benchmarks"),
     "preflight": (_later("preflight", "main"), "check nodes, network, files and configuration before a long job"),
 }

@@ -276,7 +276,7 @@ class TrainConfig:
     def validate(self, batch: bool = True) -> None:
         """Raise ValueError on the first field that breaks its rule or a rule between fields. Reads no file.
 
-        Without `batch` the global batch may be one that these ranks could not share out.
+        `batch=False`: the global batch need not divide over the ranks (`generate` has none).
         Not here: selection rules (their registry), precisions (`precision.py`), what the models allow (`check.py`).
         """
         missing = list(_missing(self))

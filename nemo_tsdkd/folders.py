@@ -42,7 +42,10 @@ def require_importable(folder: Path) -> None:
         raise ValueError(f"{folder}: {rule}. Save it as safetensors where you trust the source: {fix}.")
     config = read_json(folder / "config.json")
     if "auto_map" in config:
-        raise ValueError(f"{folder}/config.json: auto_map asks to run the folder's own code, which is never done.")
+        raise ValueError(
+            f"{folder}/config.json: auto_map asks to run the folder's own code, which is never done. "
+            "Give a model of transformers' own classes."
+        )
     if config.get("model_type") not in ARCHITECTURES:
         raise ValueError(
             f"{folder}/config.json: model_type = {config.get('model_type')!r}: must be one of "
@@ -50,10 +53,15 @@ def require_importable(folder: Path) -> None:
         )
     for name in _UNSUPPORTED:
         if config.get(name):
-            raise ValueError(f"{folder}/config.json: {name} = {config[name]!r}: must be false. It is not supported.")
+            raise ValueError(
+                f"{folder}/config.json: {name} = {config[name]!r}: must be false. Choose a model without it."
+            )
     scaling = config.get("rope_scaling") or {}
     if scaling and (config["model_type"], scaling.get("rope_type")) != ("llama", "llama3"):
-        raise ValueError(f"{folder}/config.json: rope_scaling = {scaling}: only Llama's llama3 scaling is supported.")
+        raise ValueError(
+            f"{folder}/config.json: rope_scaling = {scaling}: must be Llama's llama3 scaling or absent. "
+            "Choose a model without it."
+        )
 
 
 def content_key(folder: Path) -> str:

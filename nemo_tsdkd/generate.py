@@ -19,7 +19,8 @@ from nemo_tsdkd.shards import FORMATS, Shards
 def main(argv: Sequence[str] | None = None) -> None:
     """`nemo-tsdkd generate --config-name NAME --model student|teacher --output DIR [key=value ...]`.
 
-    The configuration is that of a training run: `data`, `rollout`, `parallel`, `seed` and the model's section count.
+    The configuration is that of a training run, valid as a whole; `data`, `rollout`, `parallel`, `seed` and the
+    writing model's section decide the responses.
     """
     place = launch.environment()
     parser = argparse.ArgumentParser(prog="nemo-tsdkd generate", description=main.__doc__)

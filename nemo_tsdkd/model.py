@@ -25,7 +25,6 @@ from nemo_tsdkd.config import TrainConfig
 from nemo_tsdkd.data import Sample
 from nemo_tsdkd.megatron.generation import generate
 from nemo_tsdkd.megatron.gpt import (
-    attention_mask,
     context_parallel_slice,
     head_weight,
     hidden_states_only,
@@ -57,7 +56,7 @@ class DistillationBatch(NamedTuple):
 
     micro_batch: MicroBatch
     teacher_hidden: list[Tensor] | None  # `Teacher.read`; on the last pipeline stage only
-    loss_scale: float  # turns the sum over this micro-batch's sequences into Megatron's share of the global mean
+    loss_weight: float  # turns the sum over this micro-batch's sequences into Megatron's share of the global mean
 
 
 class TSDKDModel(llm.GPTModel):
@@ -157,10 +156,10 @@ class TSDKDModel(llm.GPTModel):
             pad_to_multiple=pad_to_multiple(self.run, torch.cuda.is_available()),
             device=torch.cuda.current_device(),
         )
-        scale = len(micro_batches) / self._mean_sequences(micro_batches)
+        weight = len(micro_batches) / self._mean_sequences(micro_batches)
         micro_batches = [context_parallel_slice(batch) for batch in micro_batches]
         hidden = self.teacher.read(micro_batches) or [None] * len(micro_batches)
-        return [DistillationBatch(batch, part, scale) for batch, part in zip(micro_batches, hidden, strict=True)]
+        return [DistillationBatch(batch, part, weight) for batch, part in zip(micro_batches, hidden, strict=True)]
 
     def _mean_sequences(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Sequences with a response in the global batch, per data-parallel rank: the loss is their mean, while
@@ -180,7 +179,7 @@ class TSDKDModel(llm.GPTModel):
         """This stage's output; on the last stage the student's final hidden states `[S (/TP), B, H]`."""
         tokens, position_ids = batch.micro_batch["tokens"], batch.micro_batch["position_ids"]
         with hidden_states_only(self.module):
-            return self(tokens, position_ids, attention_mask(tokens))
+            return self(tokens, position_ids)  # without a mask, attention is causal
 
     def loss(self, batch: DistillationBatch, hidden: Tensor) -> ObjectiveOutput:
         """The objective on one micro-batch, from the final hidden states of both models and their heads."""
@@ -226,7 +225,7 @@ class TSDKDLoss(MegatronLossReduction):
         out = self._loss(batch, hidden)
         # Cloned: Megatron divides the loss in place.
         report = {"loss": out.loss_sum.detach().clone(), "num_sequences": out.num_sequences, **out.metrics}
-        return out.loss_sum * batch.loss_scale, report
+        return out.loss_sum * batch.loss_weight, report
 
     def reduce(self, reports: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """What the objective reports of each of this rank's micro-batches, stacked to `[num_microbatches]`."""

@@ -17,20 +17,20 @@ from nemo_tsdkd.memory import ModelShape
 
 @dataclass(frozen=True)
 class Fp8:
-    """One FP8 recipe in Megatron's words, and the Transformer Engine class it becomes."""
+    """One FP8 recipe in Megatron's words."""
 
     format: str  # hybrid: e4m3 forward, e5m2 gradients; e4m3: everywhere
     recipe: str
-    te_recipe: str
     token_multiple: int  # rows of a GEMM operand
 
 
 # Delayed scaling is left out on purpose: it cannot keep single layers in bf16, and its scales, taken from earlier
 # steps' maxima, are never updated under no_grad, so a frozen teacher would run on its initial ones for ever.
 FP8 = {
-    "fp8_tensorwise": Fp8("hybrid", "tensorwise", "Float8CurrentScaling", token_multiple=16),
+    # Transformer Engine's Float8CurrentScaling and Float8BlockScaling.
+    "fp8_tensorwise": Fp8("hybrid", "tensorwise", token_multiple=16),
     # A sequence-parallel rank's rows are gathered in quantized blocks of 128.
-    "fp8_blockwise": Fp8("e4m3", "blockwise", "Float8BlockScaling", token_multiple=128),
+    "fp8_blockwise": Fp8("e4m3", "blockwise", token_multiple=128),
 }
 NAMES = ("bf16", "fp32", *FP8)
 LENGTH_STEP = 256  # on a GPU: attention kernels make a plan, a tenth of a second, for every length they meet
@@ -42,13 +42,9 @@ def model_settings(name: str, first_last_layers_bf16: bool = True) -> dict[str, 
     """Fields of Megatron's TransformerConfig for this precision; the head and the loss are outside of its FP8 region.
 
     Args:
-        name: one of NAMES.
+        name: one of NAMES (`check_names`).
         first_last_layers_bf16: keep one layer at either end in bf16 (their number has no effect without the flag).
-
-    Raises:
-        ValueError: unknown name.
     """
-    _known("precision.name", name)
     import torch
 
     dtype = torch.float32 if name == "fp32" else torch.bfloat16
@@ -72,11 +68,7 @@ def model_settings(name: str, first_last_layers_bf16: bool = True) -> dict[str, 
 
 
 def plugin_settings(name: str, first_last_layers_bf16: bool = True) -> dict[str, Any]:
-    """Arguments of NeMo's MegatronMixedPrecision for the trained model: gradients are reduced in fp32.
-
-    Raises:
-        ValueError: unknown name.
-    """
+    """Arguments of NeMo's MegatronMixedPrecision for the trained model: gradients are reduced in fp32."""
     settings = model_settings(name, first_last_layers_bf16)
     settings["precision"] = "bf16-mixed" if settings.pop("bf16") else "32"
     if "fp8_param" in settings:

@@ -47,7 +47,10 @@ def check_gpu(place: Launch, gpus_per_node: int, allow_cpu: bool) -> None:
             return
         raise ValueError("torch sees no CUDA device. Check nvidia-smi on the node; --allow-cpu trains on the CPU.")
     if torch.cuda.device_count() < gpus_per_node:
-        raise ValueError(f"{torch.cuda.device_count()} GPUs are visible, parallel.gpus_per_node is {gpus_per_node}.")
+        raise ValueError(
+            f"{torch.cuda.device_count()} GPUs are visible, parallel.gpus_per_node is {gpus_per_node}. "
+            "Ask for more or lower it: docs/cluster.md, settings."
+        )
     free, total = torch.cuda.mem_get_info(place.local_rank)
     if total - free > BUSY:
         raise ValueError(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nemo_tsdkd.batch import MicroBatch
 from nemo_tsdkd.checkpoint import load_weights
 from nemo_tsdkd.config import TeacherConfig
-from nemo_tsdkd.megatron.gpt import attention_mask, head_weight, hidden_states_only, sequence_shard
+from nemo_tsdkd.megatron.gpt import head_weight, hidden_states_only, sequence_shard
 
 
 class Teacher:
@@ -107,7 +107,7 @@ class Teacher:
 
     def _forward_step(self, parts: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
         part = next(parts)
-        hidden = model(part["tokens"], part["position_ids"], attention_mask(part["tokens"]))
+        hidden = model(part["tokens"], part["position_ids"], None)  # no mask: attention is causal
 
         def keep(output: Tensor, non_loss_data: bool = True) -> Tensor:
             """Megatron calls this on the last stage and collects what it returns."""

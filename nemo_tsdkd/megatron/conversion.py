@@ -16,9 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from nemo_tsdkd.checkpoint import gpt_config, load_weights
 from nemo_tsdkd.folders import HF_ASSETS, copy_assets, read_json
-from nemo_tsdkd.megatron.hf import config_from_hf, require_equal_logits, to_hf, to_megatron
-
-_MODELS = {"qwen2": llm.Qwen2Model, "qwen3": llm.Qwen3Model, "llama": llm.LlamaModel}
+from nemo_tsdkd.megatron.hf import CLASSES, config_from_hf, require_equal_logits, to_hf, to_megatron
 
 
 def import_hf(source: Path, output: Path) -> None:
@@ -71,7 +69,7 @@ def export_hf(checkpoint: Path, output: Path) -> None:
 
 def _unloaded_model(config: llm.GPTConfig, assets: Path) -> tuple[llm.GPTModel, Any]:
     """NeMo's model with the trainer that can save it."""
-    model_class = _MODELS[read_json(assets / "config.json")["model_type"]]
+    _, model_class = CLASSES[read_json(assets / "config.json")["model_type"]]
     model = model_class(config, tokenizer=NemoTokenizer(str(assets), trust_remote_code=False))
     trainer = io.ModelConnector().nemo_setup(model)
     _materialize(model.module)

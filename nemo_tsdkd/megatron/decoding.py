@@ -4,6 +4,9 @@ The model's own layers do the work. While it decodes, each layer's core attentio
 row has its own length, so prompts may be ragged, a finished sequence can leave and another take its row, and the same
 code runs with and without Transformer Engine. Tokens sit at their true positions: what the model sees here is what it
 sees when it is trained on the response.
+
+Megatron-core 0.15's own engines do not serve: they gather the vocabulary on every rank and draw from a generator, so
+that a response would depend on its batch and layout; and ragged batching needs the flash-attn package.
 """
 
 from __future__ import annotations
@@ -19,12 +22,12 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from nemo.collections.llm.gpt.model.base import HAVE_TE  # the same switch picks NeMo's layer spec
 from torch import Tensor
 from torch.distributed import ReduceOp
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nemo_tsdkd.megatron.gpt import HAVE_TE
 from nemo_tsdkd.rollout import Pass
 from nemo_tsdkd.vocab_parallel import all_reduce
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from megatron.core.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from megatron.core.utils import get_batch_on_this_cp_rank
-from nemo.collections.llm.gpt.model.base import HAVE_TE  # the same switch picks NeMo's layer spec
 from torch import Tensor, nn
 
 
@@ -33,14 +31,6 @@ def hidden_states_only(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         gpt.post_process = post_process
-
-
-def attention_mask(tokens: Tensor) -> Tensor | None:
-    """Causal mask `[1, 1, S, S]` (True = hidden) for Megatron's own attention; Transformer Engine makes its own."""
-    if HAVE_TE:
-        return None
-    length = tokens.shape[1]
-    return torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device).triu(1)
 
 
 def sequence_shard(x: Tensor, sequence_parallel: bool) -> Tensor:

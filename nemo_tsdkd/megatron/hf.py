@@ -22,11 +22,13 @@ from nemo.lightning.pytorch.utils import dtype_from_hf
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from nemo_tsdkd.megatron.gpt import attention_mask
-
 logger = logging.getLogger(__name__)
 
-_CONFIGS = {"qwen2": llm.Qwen2Config, "qwen3": llm.Qwen3Config, "llama": llm.LlamaConfig}
+CLASSES = {  # NeMo's, by Hugging Face's model_type (folders.ARCHITECTURES)
+    "qwen2": (llm.Qwen2Config, llm.Qwen2Model),
+    "qwen3": (llm.Qwen3Config, llm.Qwen3Model),
+    "llama": (llm.LlamaConfig, llm.LlamaModel),
+}
 
 _NAMES = {
     "model.embed_tokens.weight": "embedding.word_embeddings.weight",
@@ -51,7 +53,7 @@ _QKV = "decoder.layers.*.self_attention.linear_qkv"
 _FC1 = "decoder.layers.*.mlp.linear_fc1.weight"
 _GATE_UP = ("model.layers.*.mlp.gate_proj.weight", "model.layers.*.mlp.up_proj.weight")
 
-# Every kind of token a text can hold matters less than that all layers see ordinary activations.
+# One short text is enough: a wrong weight in any layer changes every logit.
 _SAMPLE = "Ann has 3 boxes with 12 eggs each and sells 7 eggs. How many are left? 3 * 12 = 36 and 36 - 7 = 29."
 _TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # of the logits' norm; Transformer Engine multiplies fp32 in TF32
 
@@ -60,7 +62,7 @@ def config_from_hf(folder: Path) -> llm.GPTConfig:
     """NeMo's GPT config for a Hugging Face folder; reads its JSON files only."""
     hf = AutoConfig.from_pretrained(folder)
     dtype = dtype_from_hf(hf)
-    config_class = _CONFIGS[hf.model_type]
+    config_class, _ = CLASSES[hf.model_type]
     fields: dict[str, Any] = {}
     if (scaling := hf.rope_scaling) and scaling["rope_type"] == "llama3":
         config_class = Llama31Config
@@ -158,7 +160,7 @@ def _compared_logits(hf_folder: Path, gpt: MCoreGPTModel) -> tuple[Tensor, Tenso
     del hf_model
     _stream(gpt, gpt.decoder.layers, dtype)
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    return expected, gpt.eval()(tokens, positions, attention_mask(tokens)).cpu()
+    return expected, gpt.eval()(tokens, positions, None).cpu()
 
 
 def _stream(model: nn.Module, layers: nn.ModuleList, dtype: torch.dtype) -> None:

@@ -50,7 +50,7 @@ def start_writers_queue() -> None:
     which nothing can be saved. Started at the first save it would have the signals' default action: to end.
     """
     for begin in (resource_tracker.ensure_running, filesystem_async._get_write_results_queue):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # anew: the first lifts a block on SIGTERM
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # each time: ensure_running unblocks SIGTERM
         try:
             begin()  # a new process inherits the block and keeps it
         finally:

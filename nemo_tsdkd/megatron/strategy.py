@@ -64,6 +64,11 @@ class TSDKDStrategy(nl.MegatronStrategy):
         checkpoint["lr_schedulers"] = []
 
     def training_step(self, dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One global batch: responses, the teacher's pass, the student's forward and backward; the loss (scalar).
+
+        Raises:
+            ValueError: no sequence of the batch has a response token.
+        """
         model, step = self.lightning_module, self.trainer.global_step
         self.step_metrics = {
             "lr": self.optimizers[0].param_groups[0]["lr"],

@@ -156,26 +156,28 @@ def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor]:
     found = candidates(head.take(opener), config.top_k, tp_group)
     ranking_loss, columns_grad, agreement = indirect_term(found, config.preset == "reference", tp_group)
     sums = divergence_sums(head, softmax, config.beta, tp_group)
-    values = [
-        (weights.direct * divergence(config.beta).value(sums)).sum(),
-        (weights.indirect[opener] * ranking_loss).sum(),
-        (weights.entropy * entropies[0]).sum(),
-        *(weights.response * entropies).sum(-1),
-        weights.gate.sum(),
-        (weights.response * (weights.opener != 0)).sum(),
-        (weights.opener[opener] * agreement).sum(),
-        (weights.response != 0).to(entropies.dtype).sum(),
-    ]
-    metrics = all_reduce(torch.stack(values), dist.ReduceOp.SUM, call.layout.cp_group)
+    student_entropy, teacher_entropy = (weights.response * entropies).sum(-1)
+    values = {
+        "direct": (weights.direct * divergence(config.beta).value(sums)).sum(),
+        "indirect": (weights.indirect[opener] * ranking_loss).sum(),
+        "entropy": (weights.entropy * entropies[0]).sum(),
+        "student_entropy": student_entropy,
+        "teacher_entropy": teacher_entropy,
+        "gate_mean": weights.gate.sum(),
+        "opener_fraction": (weights.response * (weights.opener != 0)).sum(),
+        "rank_agreement": (weights.opener[opener] * agreement).sum(),
+        "response_tokens": (weights.response != 0).to(entropies.dtype).sum(),
+    }
+    metrics = all_reduce(torch.stack([values[name] for name in METRICS]), dist.ReduceOp.SUM, call.layout.cp_group)
     saved = Saved(
-        softmax,
-        entropies[0],
-        sums,
-        config.direct_weight * weights.direct,
-        config.entropy_weight * weights.entropy,
-        opener,
-        found.columns,
-        config.indirect_kd_alpha * weights.indirect[opener, None] * columns_grad,
+        softmax=softmax,
+        student_entropy=entropies[0],
+        divergence_sums=sums,
+        direct=config.direct_weight * weights.direct,
+        entropy=config.entropy_weight * weights.entropy,
+        opener=opener,
+        columns=found.columns,
+        columns_grad=config.indirect_kd_alpha * weights.indirect[opener, None] * columns_grad,
     )
     return saved, metrics, tokens.num_sequences
 

@@ -81,7 +81,6 @@ def layout_logits(gpt, checkpoint: Path) -> torch.Tensor | None:
     from transformers import AutoTokenizer
 
     from nemo_tsdkd.folders import HF_ASSETS
-    from nemo_tsdkd.megatron.gpt import attention_mask
 
     tokens = AutoTokenizer.from_pretrained(checkpoint / HF_ASSETS)(TEXT, return_tensors="pt").input_ids
     positions = torch.arange(tokens.shape[1])[None]
@@ -91,7 +90,7 @@ def layout_logits(gpt, checkpoint: Path) -> torch.Tensor | None:
         def gather(logits, non_loss_data=True):
             return tensor_parallel.gather_from_tensor_model_parallel_region(logits).clone()
 
-        return model(tokens, positions, attention_mask(tokens)), gather
+        return model(tokens, positions, None), gather
 
     with torch.no_grad():
         found = get_forward_backward_func()(

@@ -112,7 +112,6 @@ def greedy_gap(checkpoint: Path) -> float:
 
     from nemo_tsdkd.config import RolloutConfig
     from nemo_tsdkd.megatron.generation import generate
-    from nemo_tsdkd.megatron.gpt import attention_mask
     from nemo_tsdkd.tokenizer import Vocabulary
 
     model = build(checkpoint).cuda().eval()
@@ -134,7 +133,7 @@ def greedy_gap(checkpoint: Path) -> float:
         tokens = torch.tensor([prompt + response.token_ids], device="cuda")
         places = torch.arange(tokens.shape[1], device="cuda")[None]
         with torch.no_grad():
-            logits = model(tokens, places, attention_mask(tokens))[0, len(prompt) - 1 : -1].float()
+            logits = model(tokens, places, None)[0, len(prompt) - 1 : -1].float()
         logits = logits[:, : tiny_run.STUDENT_VOCAB]
         chosen = logits.gather(1, torch.tensor(response.token_ids, device="cuda")[:, None])
         gaps.append((logits.max(1, keepdim=True).values - chosen).max().item() / logits.std().item())

@@ -86,7 +86,7 @@ def test_overrides_and_groups():
 def test_a_preset_s_fields_are_shown_and_recorded_as_the_loss_takes_them():
     objective = compose_config("tiny", [*PATHS, "objective=reverse_kl"]).objective
     assert (objective.beta, objective.indirect_kd_alpha, objective.gate_rule) == (1.0, 0.0, "identity")
-    with pytest.raises(ValueError, match="objective.beta = 0.9: objective.preset = reverse_kl sets it to 1.0"):
+    with pytest.raises(ValueError, match=r"objective.beta = 0.9: objective.preset = reverse_kl sets it to 1.0"):
         compose_config("tiny", [*PATHS, "objective=reverse_kl", "objective.beta=0.9"])  # the default, but asked for
 
 

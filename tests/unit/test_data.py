@@ -257,11 +257,11 @@ def test_micro_batches_hold_every_sequence_once(lengths, micro_batch_size, multi
     assert sorted(i for batch in batches for i in batch["sample_index"].tolist()) == list(range(12))
     for batch in batches:
         width = batch["tokens"].shape[1]
+        lengths = [len(rows[i][0].prompt_ids) + len(rows[i][1]) for i in batch["sample_index"].tolist()]
         assert width % multiple == 0
-        assert width - max(batch["lengths"]) < multiple
-        for b, i in enumerate(batch["sample_index"].tolist()):
+        assert width - max(lengths) < multiple
+        for b, (i, end) in enumerate(zip(batch["sample_index"].tolist(), lengths, strict=True)):
             sample, response = rows[i]
-            end = batch["lengths"][b]
             assert batch["tokens"][b, :end].tolist() == sample.prompt_ids + response
             assert not batch["tokens"][b, end:].any()
             assert batch["position_ids"][b].tolist() == list(range(width))
@@ -272,7 +272,7 @@ def test_micro_batches_hold_every_sequence_once(lengths, micro_batch_size, multi
 def test_sorting_by_length_wastes_little_padding():
     rows = [Sample(i, [1] * (1 + 37 * i % 64), []) for i in range(64)]
     batches = make_micro_batches(rows, [[]] * 64, micro_batch_size=4, pad_id=0)
-    padding = sum(int(batch["tokens"].numel() - batch["lengths"].sum()) for batch in batches)
+    padding = sum(batch["tokens"].numel() for batch in batches) - sum(len(row.prompt_ids) for row in rows)
     assert padding <= 3 * 2 * len(batches)  # lengths 1..64: rows of a micro-batch differ by 3, 2, 1 and 0 tokens
     assert [batch["tokens"].shape[1] for batch in batches] == list(range(64, 0, -4))
 
