@@ -159,7 +159,7 @@ def in_world_of_one(folder: Path, threads: int, repeats: int) -> list[dict]:
     launch.environment()
     import torch
 
-    from nemo_tsdkd.megatron.train import process_group
+    from nemo_tsdkd.patience import process_group
 
     torch.set_num_threads(threads)
     with process_group():

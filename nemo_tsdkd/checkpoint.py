@@ -93,6 +93,17 @@ def load_weights(module: MCoreGPTModel, checkpoint: Path) -> None:
     assert all("_extra_state" in key for key in absent), absent
 
 
+def frozen_model(config: llm.GPTConfig, checkpoint: Path) -> MCoreGPTModel:
+    """This rank's shard of a model that only computes: weights loaded, in `config.params_dtype`, on the device.
+
+    Args:
+        config: its parallel sizes, padded vocabulary and dtypes set.
+    """
+    model = config.configure_model(tokenizer=None)
+    load_weights(model, checkpoint)
+    return model.to(device=torch.cuda.current_device(), dtype=config.params_dtype).eval().requires_grad_(False)
+
+
 def _stored_tensors(checkpoint: Path) -> dict:
     return dist_checkpointing.load_tensors_metadata(str(checkpoint / "weights"))
 

@@ -97,11 +97,11 @@ def evaluate(
     model: Path,
     tasks: Sequence[str],
     *,
-    include_path: Path | None = None,
-    limit: int | None = None,
-    batch_size: str = "8",
-    chat_template: bool = True,
-    allow_code_execution: bool = False,
+    include_path: Path | None,
+    limit: int | None,
+    batch_size: str,
+    chat_template: bool,
+    allow_code_execution: bool,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each task's name and what the harness returns for it, for a Hugging Face folder that is loaded once.
 

@@ -1,4 +1,4 @@
-"""Where ranks wait for one that has hours of work left.
+"""How the ranks meet, and where they wait for one that has hours of work left.
 
 NCCL's and Megatron's groups give up after half an hour, and should: that is how a hang is found. But some work is
 rightly unequal: one rank imports a model, or a data-parallel rank's samples all run to the length limit.
@@ -6,15 +6,33 @@ rightly unequal: one rank imports a model, or a data-parallel rank's samples all
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # as Megatron's own groups have
 PATIENCE = timedelta(days=1)
 Result = TypeVar("Result")
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Let the ranks meet: they have imports and a resume to settle before Lightning, which goes on with the group."""
+    if dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    yield
+    dist.barrier()  # not after an error: the others may be waiting in another collective
+    dist.destroy_process_group()
 
 
 def patient_group() -> ProcessGroup:

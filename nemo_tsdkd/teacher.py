@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from nemo_tsdkd.batch import MicroBatch
-from nemo_tsdkd.checkpoint import load_weights
+from nemo_tsdkd.checkpoint import frozen_model
 from nemo_tsdkd.config import TeacherConfig
 from nemo_tsdkd.megatron.gpt import head_weight, hidden_states_only, sequence_shard
 
@@ -38,10 +38,7 @@ class Teacher:
 
     def __init__(self, gpt_config: Any, checkpoint: Path, config: TeacherConfig) -> None:
         self.config = config
-        self.module = gpt_config.configure_model(tokenizer=None)
-        load_weights(self.module, checkpoint)
-        self.module.to(device=torch.cuda.current_device(), dtype=gpt_config.params_dtype)
-        self.module.eval().requires_grad_(False)
+        self.module = frozen_model(gpt_config, checkpoint)
         self.module.set_is_first_microbatch()  # FP8: quantize these weights, not what a cache remembers
         self.is_last_stage = self.module.post_process
         self._parked = ParkedWeights(self.module) if config.park else None

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +25,9 @@ from nemo_tsdkd.megatron.strategy import TSDKDStrategy
 from nemo_tsdkd.memory import padded_vocab_size
 from nemo_tsdkd.metrics import RunWriter, save_provenance
 from nemo_tsdkd.model import Checkpoints, TSDKDModel
-from nemo_tsdkd.patience import rank_zero_first
+from nemo_tsdkd.patience import process_group, rank_zero_first
 from nemo_tsdkd.precision import check_engine, model_settings, plugin_settings
 from nemo_tsdkd.tokenizer import Vocabulary, check_same_tokenizer, load_tokenizer
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # as Megatron's own groups have; longer waits: `patience.py`
 
 
 def train(config: TrainConfig) -> None:
@@ -72,20 +66,6 @@ def _end_again(run_dir: Path, config: TrainConfig, step: int) -> None:
     if dist.get_rank() == 0:
         RunWriter(run_dir, config.max_steps, progress=False, resume_step=step).close({"steps": step, "finished": True})
         mark_finished(run_dir)
-
-
-@contextmanager
-def process_group() -> Iterator[None]:
-    """Let the ranks meet: they have imports and a resume to settle before Lightning, which goes on with the group."""
-    if dist.is_initialized():
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT)
-    yield
-    dist.barrier()  # not after an error: the others may be waiting in another collective
-    dist.destroy_process_group()
 
 
 def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> SampleModule:

@@ -8,20 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from transformers import PreTrainedTokenizerBase
 
-from nemo_tsdkd.checkpoint import gpt_config, load_weights, resolve
+from nemo_tsdkd.checkpoint import frozen_model, gpt_config, resolve
 from nemo_tsdkd.config import ParallelConfig, TrainConfig
 from nemo_tsdkd.data import PromptDataset
 from nemo_tsdkd.megatron.generation import generate
-from nemo_tsdkd.megatron.train import process_group
 from nemo_tsdkd.memory import padded_vocab_size
-from nemo_tsdkd.patience import from_rank_zero, patient_group, rank_zero_first
+from nemo_tsdkd.patience import from_rank_zero, patient_group, process_group, rank_zero_first
 from nemo_tsdkd.rollout import Response
 from nemo_tsdkd.shards import Shards
 from nemo_tsdkd.tokenizer import Vocabulary, load_tokenizer, response_text
@@ -41,9 +39,7 @@ def load_for_decoding(checkpoint: Path, parallel: ParallelConfig) -> GPTModel:
     config.tensor_model_parallel_size, config.pipeline_model_parallel_size = tp, pp
     config.pipeline_dtype = config.params_dtype
     config.vocab_size = padded_vocab_size(config.vocab_size, tensor_model_parallel_size=tp)
-    model = config.configure_model(tokenizer=None)
-    load_weights(model, checkpoint)
-    return model.to(device=torch.cuda.current_device(), dtype=config.params_dtype).eval().requires_grad_(False)
+    return frozen_model(config, checkpoint)
 
 
 def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:

@@ -70,6 +70,7 @@ class LogitsHead:
         return replace(self, index=self.index[index], left=self.left[index], right=self.right[index])
 
     def tiles(self) -> Iterator[LogitsTile]:
+        """Runs of tokens over all true columns, divided by the temperature; the caller may overwrite them."""
         width, (first, end) = self.overlap.width, self.overlap.own
         dtype = compute_dtype(self.student.dtype)
         for rows in _spans(self.num_tokens, max(1, self.tile_logits // width)) if width else ():
@@ -135,6 +136,7 @@ class FusedHead:
         return replace(self, student=self.student[index], teacher=self.teacher[index])
 
     def tiles(self) -> Iterator[LogitsTile]:
+        """Runs of true columns over all tokens, divided by the temperature; the caller may overwrite them."""
         dtype, everyone = compute_dtype(self.student.dtype), slice(0, self.num_tokens)
         for columns in self._columns():
             student = _product(self.student, self.student_weight[columns], dtype)

@@ -1,4 +1,5 @@
-"""Which tokens each term trains: small rules, by name in one registry. To add one: CONTRIBUTING.md.
+"""Which tokens each term trains: small rules, by name in one registry. To add one: CONTRIBUTING.md. Equations are
+numbered as in docs/math.md.
 
 A rule takes the response tokens of whole sequences and the config, and returns one value per token:
 a boolean choice (the term is the mean over the chosen tokens of a sequence) or a weight (the term is the weighted
@@ -93,7 +94,7 @@ def fixed_point(entropy: Tensor) -> Tensor:
 
 @rule("cumulative_entropy")
 def cumulative_entropy(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
-    """The opener: the shortest prefix that holds the share `threshold` of the response's student entropy."""
+    """The opener (eq. 6): the shortest prefix that holds the share `threshold` of the response's student entropy."""
     entropy = fixed_point(tokens.student_entropy)
     # Half a unit less, for a product of floats may exceed the exact share: 7 % of 100 equal entropies are 7, not 8.
     return tokens.is_first | (tokens.before(entropy) < config.threshold * tokens.total(entropy).double() - 0.5)
@@ -101,7 +102,7 @@ def cumulative_entropy(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
 
 @rule("top_fraction")
 def top_fraction(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
-    """The `ceil(entropy_fraction * L)` tokens of each response with the largest student entropy."""
+    """The `ceil(entropy_fraction * L)` tokens of each response with the largest student entropy (eq. 7)."""
     order = tokens.student_entropy.sort(dim=0, descending=True, stable=True).indices
     order = order[tokens.sequence[order].sort(dim=0, stable=True).indices]
     place = torch.arange(len(order), device=order.device) - tokens.first
@@ -114,7 +115,7 @@ def top_fraction(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
 
 @rule("confidence")
 def confidence(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
-    """The gate: near 1 where the teacher is surer than the student, near 0 where the student is."""
+    """The gate (eq. 5): near 1 where the teacher is surer than the student, near 0 where the student is."""
     return torch.sigmoid((tokens.student_entropy - tokens.teacher_entropy) / config.gate_temperature)
 
 

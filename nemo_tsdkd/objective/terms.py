@@ -31,6 +31,7 @@ class SoftmaxSums(NamedTuple):
 
     @classmethod
     def of_(cls, z: Tensor) -> SoftmaxSums:
+        """Those of a tile's columns z [n, V], which is overwritten."""
         peak = z.amax(-1)
         mass = z.sub_(peak.unsqueeze(-1)).exp()
         return cls(peak, mass.sum(-1), z.mul_(mass).sum(-1))
@@ -45,6 +46,7 @@ class SoftmaxSums(NamedTuple):
         return SoftmaxSums(peak, scale * self.mass, scale * (self.moment + shift * self.mass))
 
     def merge(self, other: SoftmaxSums) -> SoftmaxSums:
+        """The sums over both sets of columns."""
         peak = torch.maximum(self.peak, other.peak)
         a, b = self.seen_from(peak), other.seen_from(peak)
         return SoftmaxSums(peak, a.mass + b.mass, a.moment + b.moment)

@@ -95,6 +95,14 @@ def test_a_nan_stops_every_rank_and_says_where(world_size, parallel, root, tmp_p
     assert newest_whole(tmp_path) == step_folder(tmp_path, 1)
 
 
+def test_a_batch_without_any_response_ends_the_run_in_words(root, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "Ann", "response": "", "response_ids": []}\n' * 8)
+    config = tiny_run.config(root, tmp_path / "run", 2)
+    config.data.path = str(tmp_path / "data.jsonl")
+    with pytest.raises(AssertionError, match="ValueError: a global batch holds no response token"):
+        ranks.run_ranks(train_and_look, 2, config)
+
+
 def train_with_signal(config: TrainConfig, rank: int, step: int) -> int:
     """Send SIGUSR1 to one rank in the middle of a step, as a cluster does; return how often this rank generated."""
     from unittest.mock import patch
