@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from nemo_tsdkd import launch
+from nemo_tsdkd.validation import is_users
 
 
 def train(argv: Sequence[str]) -> None:
@@ -66,7 +67,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one sub-command. Bad input ends with one line on stderr and exit status 2; a defect shows its traceback."""
+    """Run one sub-command. Bad input ends with one line on stderr and exit status 2; a defect shows its traceback on
+    every rank."""
     parser = argparse.ArgumentParser(
         prog="nemo-tsdkd",
         description="Token-selective dual knowledge distillation on NeMo and Megatron.",
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         COMMANDS[args.command][0](args.arguments)
     except ValueError as e:
-        if args.traceback:
+        if args.traceback or not is_users(e):
             raise
         if speaks:
             print(f"nemo-tsdkd: error: {' '.join(str(e).split())}", file=sys.stderr)

@@ -241,7 +241,7 @@ class CheckpointConfig:
     every_minutes: float = 30.0  # saves as well when so much time has passed: what a failure may cost at long steps
     keep_last: int = 2  # newest checkpoints kept
     keep_every: int = 0  # besides these, one each so many steps is kept for good; 0: none
-    async_save: bool = False  # write in the background while training goes on
+    async_save: bool = False  # write in the background while training goes on; not with teacher.offload = cpu
 
     def validate(self) -> None:
         validation.positive(self, "checkpoint.", "every_n_steps", "every_minutes", "keep_last")
@@ -291,6 +291,13 @@ class TrainConfig:
         self.objective.validate_preset()
         if batch:
             self._validate_batch()
+        validation.require(
+            not self.checkpoint.async_save or self.teacher.offload == "none",
+            "checkpoint.async_save",
+            self.checkpoint.async_save,
+            "teacher.offload = cpu takes pinned memory every step, from under the writers of Megatron-core 0.15",
+            "Turn off one of the two.",
+        )
         validation.require(
             self.optim.warmup_steps < self.max_steps,
             "optim.warmup_steps",

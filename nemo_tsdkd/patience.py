@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from nemo_tsdkd.validation import is_users
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # as Megatron's own groups have
 PATIENCE = timedelta(days=1)
 Result = TypeVar("Result")
@@ -55,20 +57,22 @@ def from_rank_zero(work: Callable[[], Result]) -> Result:
     """Do `work` on rank 0, however long it takes, and return its result on every rank. Collective.
 
     Raises:
-        ValueError, RuntimeError: what rank 0 met, on every rank; the second for any error but a ValueError.
+        ValueError, RuntimeError: what rank 0 met, on every rank; the second for any error but a user's.
     """
     if not dist.is_initialized():
         return work()
     group = patient_group()
     outcome: list = [None, None, RuntimeError]
+    cause = None
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
         except Exception as error:
-            outcome[1:] = str(error), ValueError if isinstance(error, ValueError) else RuntimeError
+            cause = error
+            outcome[1:] = str(error), ValueError if is_users(error) else RuntimeError
     dist.broadcast_object_list(outcome, src=0, group=group)
     dist.destroy_process_group(group)
     result, message, kind = outcome
     if message is not None:
-        raise kind(message)
+        raise kind(message) from cause
     return result

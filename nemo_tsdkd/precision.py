@@ -24,13 +24,14 @@ class Fp8:
     token_multiple: int  # rows of a GEMM operand
 
 
+BLOCK = 128  # side of a block that fp8_blockwise quantizes at once
 # Delayed scaling is left out on purpose: it cannot keep single layers in bf16, and its scales, taken from earlier
 # steps' maxima, are never updated under no_grad, so a frozen teacher would run on its initial ones for ever.
 FP8 = {
     # Transformer Engine's Float8CurrentScaling and Float8BlockScaling.
     "fp8_tensorwise": Fp8("hybrid", "tensorwise", token_multiple=16),
-    # A sequence-parallel rank's rows are gathered in quantized blocks of 128.
-    "fp8_blockwise": Fp8("e4m3", "blockwise", token_multiple=128),
+    # A sequence-parallel rank's rows are gathered in quantized blocks.
+    "fp8_blockwise": Fp8("e4m3", "blockwise", token_multiple=BLOCK),
 }
 NAMES = ("bf16", "fp32", *FP8)
 LENGTH_STEP = 256  # on a GPU: attention kernels make a plan, a tenth of a second, for every length they meet
@@ -110,6 +111,11 @@ def check_shapes(config: TrainConfig, student: ModelShape, teacher: ModelShape) 
                     f"{field} = {name!r}: FP8 needs dimensions that are multiples of {WEIGHT_MULTIPLE}, but the "
                     f"{what} is {width} at TP {tp}. Lower parallel.tensor_model_parallel_size or use bf16."
                 )
+        if name == "fp8_blockwise" and config.parallel.sequence_parallel and shape.hidden % BLOCK:
+            raise ValueError(
+                f"{field} = {name!r}: sequence parallelism gathers blocks of {BLOCK}, but the hidden size is "
+                f"{shape.hidden}. Use fp8_tensorwise."
+            )
         multiple = token_multiple(config, name)
         if config.data.seq_length * rows % multiple:
             step = multiple // math.gcd(multiple, rows)

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from traceback import walk_tb
 from typing import Any
+
+
+def is_users(error: Exception) -> bool:
+    """Whether the error is the user's to mend: a ValueError that this package raised. One that a library raised is a
+    defect, to be shown with its place."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return isinstance(error, ValueError) and frame.f_globals.get("__name__", "").split(".")[0] == "nemo_tsdkd"
 
 
 def require(ok: bool, name: str, value: Any, rule: str, fix: str) -> None:

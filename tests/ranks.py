@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+HAS_GPU = Path("/proc/driver/nvidia/version").exists()  # torch would have to ask CUDA
+TIMEOUT = 600 if HAS_GPU else 240  # seconds for all ranks of a call
 
 # conftest.py widens this to the Megatron stack when a collected test needs it.
 PRELOAD = ["torch", "nemo_tsdkd.objective"]
@@ -30,8 +32,11 @@ _context: Any = None
 
 
 def fork_context() -> Any:
-    """The fork server's context, started with PRELOAD at its first use."""
+    """The fork server's context, started with PRELOAD at its first use. Where there is a GPU, ranks are spawned and
+    import for themselves: CUDA does not work in a process forked from one that has asked for it, as imports do."""
     global _context
+    if HAS_GPU:
+        return mp.get_context("spawn")
     if _context is None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         mp.set_forkserver_preload(PRELOAD)
@@ -90,7 +95,7 @@ def run_ranks(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 240,
+    timeout: float = TIMEOUT,
     meet: bool = True,
     kill_when: Callable[[], bool] = lambda: False,
 ) -> list[Any] | None:

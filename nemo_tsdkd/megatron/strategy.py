@@ -39,6 +39,19 @@ class TSDKDStrategy(nl.MegatronStrategy):
         if met_before:  # to import checkpoints together: NeMo then returns before it builds Megatron's groups
             init_model_parallel(self.model)
 
+    def init_model_parallel(self) -> None:
+        """NeMo moves the weights into DDP's buffers on a stream that nothing else waits for: the optimizer's master
+        weights would be copied from what may not have arrived yet."""
+        torch.cuda.synchronize()
+        super().init_model_parallel()
+        torch.cuda.synchronize()
+
+    def teardown(self) -> None:
+        """Without Lightning's copy of weights and optimizer to the host, for which a preempted job has no time."""
+        self.optimizers, module, self._lightning_module = [], self._lightning_module, None
+        super().teardown()
+        self._lightning_module = module
+
     @property
     def sharded_state_dict_metadata(self) -> dict[str, Any]:
         """Every parameter's optimizer state under its own key and range, so that a run resumes on any layout.

@@ -102,12 +102,16 @@ def test_one_rank_a_node_speaks(capsys, monkeypatch):
         monkeypatch.delenv(variable)
 
 
-def test_a_defect_keeps_its_traceback(monkeypatch):
-    def main(argv):
-        raise KeyError("a defect")
+@pytest.mark.parametrize("kind", [KeyError, ValueError])
+def test_a_defect_keeps_its_traceback(monkeypatch, kind):
+    """A ValueError that a library raised is one, on every rank: not the user's arguments."""
 
+    def main(argv):
+        raise kind("a defect")
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setitem(sys.modules, "nemo_tsdkd.preflight", types.SimpleNamespace(main=main))
-    with pytest.raises(KeyError):
+    with pytest.raises(kind):
         nemo_tsdkd.cli.main(["preflight"])
 
 

@@ -192,6 +192,7 @@ def test_ranks_that_share_no_batch_may_be_any_number():
             "objective.preset=reference objective.entropy_fraction=0.2",
             "objective.entropy_fraction = 0.2: .* = reference",
         ),
+        ("checkpoint.async_save=true teacher.offload=cpu", "checkpoint.async_save = True: teacher.offload = cpu takes"),
         ("checkpoint.every_n_steps=0", "checkpoint.every_n_steps = 0"),
         ("checkpoint.every_minutes=0", "checkpoint.every_minutes = 0"),
         ("checkpoint.keep_every=-1", "checkpoint.keep_every = -1"),

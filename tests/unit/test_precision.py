@@ -106,6 +106,14 @@ def test_production_pairs_have_dimensions_fp8_can_multiply(name):
         precision.check_shapes(c, QWEN2_5[student], QWEN2_5[teacher])
 
 
+def test_blocks_of_fp8_must_fill_a_sequence_shard_s_rows():
+    shape = ModelShape(layers=2, hidden=192, heads=4, kv_heads=2, ffn=256, vocab=512)
+    precision.check_shapes(config("fp8_blockwise"), shape, TEACHER)
+    precision.check_shapes(config("fp8_tensorwise", sequence_parallel=True), shape, TEACHER)
+    with pytest.raises(ValueError, match="gathers blocks of 128, but the hidden size is 192"):
+        precision.check_shapes(config("fp8_blockwise", sequence_parallel=True), shape, TEACHER)
+
+
 def test_an_mlp_cut_too_thin_is_named():
     shape = ModelShape(layers=2, hidden=64, heads=4, kv_heads=2, ffn=72, vocab=512)
     with pytest.raises(ValueError, match=r"MLP width on a rank is 36 at TP 2"):
