@@ -16,6 +16,7 @@ from nemo_tsdkd.objective import tsdkd_loss, tsdkd_loss_from_hidden
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.timeout(1800),  # ranks import NeMo each for itself (ranks.py)
 ]
 
 
