@@ -175,8 +175,9 @@ def _row_parallel(module: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor | 
 def _bias(module: torch.nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """(what the layer adds, what it leaves to its caller), by Megatron's names or by Transformer Engine's, whose layers
     keep an empty tensor where there is no bias."""
-    bias = module.bias if getattr(module, "use_bias", True) else None
-    leaves_it = module.te_return_bias if hasattr(module, "te_return_bias") else module.skip_bias_add
+    own = vars(module)  # a module itself would raise and catch an exception for what it lacks, in each layer's call
+    bias = module.bias if own.get("use_bias", True) else None
+    leaves_it = own.get("te_return_bias", own.get("skip_bias_add"))
     return (None, bias) if leaves_it else (bias, None)
 
 
