@@ -71,12 +71,13 @@ def prompts(count: int, shortest: int, longest: int) -> list[list[int]]:
 
 def ours(folder: Path) -> Callable[[list[list[int]], list[int]], int]:
     """A function from prompts and end ids to the number of response tokens it wrote."""
+    from nemo_tsdkd.checkpoint import gpt_config
     from nemo_tsdkd.config import ParallelConfig, RolloutConfig
     from nemo_tsdkd.megatron.generation import generate
     from nemo_tsdkd.megatron.writer import load_for_decoding
     from nemo_tsdkd.tokenizer import Vocabulary
 
-    model = load_for_decoding(folder / "nemo", ParallelConfig())
+    model = load_for_decoding(gpt_config(folder / "nemo"), folder / "nemo", ParallelConfig())
 
     def write(batch: list[list[int]], eos_ids: list[int]) -> int:
         responses = generate(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from nemo.collections import llm
 from transformers import PreTrainedTokenizerBase
 
 from nemo_tsdkd.checkpoint import frozen_model, gpt_config, resolve
@@ -27,15 +28,17 @@ from nemo_tsdkd.tokenizer import Vocabulary, load_tokenizer, response_text
 logger = logging.getLogger(__name__)
 
 
-def load_for_decoding(checkpoint: Path, parallel: ParallelConfig) -> GPTModel:
+def load_for_decoding(config: llm.GPTConfig, checkpoint: Path, parallel: ParallelConfig) -> GPTModel:
     """This rank's shard of a NeMo checkpoint's model in the dtype of its file; sets up Megatron's TP x PP groups.
 
     What is left of the world is data parallel, context-parallel ranks of the training layout too.
+
+    Args:
+        config: the checkpoint's (`gpt_config`); its parallel sizes and padded vocabulary are set here.
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     model_parallel_cuda_manual_seed(0)  # Megatron draws initial weights, all of which are then read from the file
-    config = gpt_config(checkpoint)
     config.tensor_model_parallel_size, config.pipeline_model_parallel_size = tp, pp
     config.pipeline_dtype = config.params_dtype
     config.vocab_size = padded_vocab_size(config.vocab_size, tensor_model_parallel_size=tp)
@@ -59,8 +62,9 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
         # Rank 0 alone looks: on a network file system others may see shards later.
         shards.size, missing = from_rank_zero(lambda: _claim(shards, config, which, len(prompts), copies))
         checkpoint = resolve(path, Path(config.run_dir) / "imported")
-        vocabulary.require_rows(**{which: gpt_config(checkpoint).vocab_size})
-        model = load_for_decoding(checkpoint, config.parallel)
+        model_config = gpt_config(checkpoint)
+        vocabulary.require_rows(**{which: model_config.vocab_size})
+        model = load_for_decoding(model_config, checkpoint, config.parallel)
         tp_group = parallel_state.get_tensor_model_parallel_group()
         pp_group = parallel_state.get_pipeline_model_parallel_group()
         answer = partial(
