@@ -60,10 +60,13 @@ class RunWriter:
         """Record one step's metrics (plain numbers).
 
         Raises:
-            ValueError: a metric of REQUIRED is missing, or one is NaN or infinite: strict JSON has neither.
+            ValueError: a metric of REQUIRED is missing, or one is NaN or infinite (strict JSON has neither).
         """
         if missing := [key for key in REQUIRED if key not in values]:
             raise ValueError(f"step {step} reports no {', '.join(missing)}.")
+        for key, value in values.items():
+            if not math.isfinite(value):
+                raise ValueError(f"step {step}: {key} = {value}: not finite. Lower optim.lr or look at the data.")
         self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
         for key, value in values.items():
