@@ -26,7 +26,7 @@ import interruptions
 import ranks
 import tiny_run
 
-from nemo_tsdkd.config import TrainConfig
+from nemo_tsdkd.config.schema import TrainConfig
 
 COLUMNS = "{:>4}{:>8}{:>10}{:>10}{:>10}{:>10}{:>12}"
 

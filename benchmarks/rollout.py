@@ -71,11 +71,12 @@ def prompts(count: int, shortest: int, longest: int) -> list[list[int]]:
 
 def ours(folder: Path) -> Callable[[list[list[int]], list[int]], int]:
     """A function from prompts and end ids to the number of response tokens it wrote."""
-    from nemo_tsdkd.checkpoint import gpt_config
-    from nemo_tsdkd.config import ParallelConfig, RolloutConfig
-    from nemo_tsdkd.megatron.generation import generate
-    from nemo_tsdkd.megatron.writer import load_for_decoding
-    from nemo_tsdkd.tokenizer import Vocabulary
+    from nemo_tsdkd.megatron.rollout.dataset import load_for_decoding
+
+    from nemo_tsdkd.config.schema import ParallelConfig, RolloutConfig
+    from nemo_tsdkd.data.tokenizer import Vocabulary
+    from nemo_tsdkd.megatron.checkpoints.load import gpt_config
+    from nemo_tsdkd.megatron.rollout.generation import generate
 
     model = load_for_decoding(gpt_config(folder / "nemo"), folder / "nemo", ParallelConfig())
 
@@ -155,12 +156,12 @@ def measure(folder: Path, repeats: int) -> list[dict]:
 
 
 def in_world_of_one(folder: Path, threads: int, repeats: int) -> list[dict]:
-    from nemo_tsdkd import launch
+    from nemo_tsdkd.distributed import launch
 
     launch.environment()
     import torch
 
-    from nemo_tsdkd.patience import process_group
+    from nemo_tsdkd.distributed.groups import process_group
 
     torch.set_num_threads(threads)
     with process_group():

@@ -1,5 +1,5 @@
 """`python -m nemo_tsdkd` is the console script."""
 
-from nemo_tsdkd.cli import run
+from nemo_tsdkd.cli.main import run
 
 run()

@@ -10,7 +10,7 @@ export MODELS_DIR
 
 # sbatch --export=NONE leaves a setting behind that would strip the environment from every srun too.
 export SLURM_EXPORT_ENV=ALL
-# Containers have no scontrol: the ranks read their nodes from here (nemo_tsdkd/launch.py).
+# Containers have no scontrol: the ranks read their nodes from here (nemo_tsdkd/distributed/launch.py).
 TSDKD_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd ' ')
 export TSDKD_HOSTS
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun no longer inherits it

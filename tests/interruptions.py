@@ -14,9 +14,9 @@ from pathlib import Path
 import ranks
 import torch
 
-from nemo_tsdkd.config import TrainConfig
-from nemo_tsdkd.integrity import has_manifest, step_folder
-from nemo_tsdkd.metrics import read_metrics
+from nemo_tsdkd.checkpoints.manifest import has_manifest, step_folder
+from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.reporting.metrics import read_metrics
 
 TIMES = ("rollout_s", "teacher_s", "student_s", "tokens_per_s")
 
@@ -63,7 +63,7 @@ def _log_samples(run_dir: Path) -> None:
     """Let each data-parallel rank write down which samples it trains on in which step."""
     from megatron.core import parallel_state
 
-    from nemo_tsdkd.model import TSDKDModel
+    from nemo_tsdkd.megatron.model import TSDKDModel
 
     respond = TSDKDModel.respond
 

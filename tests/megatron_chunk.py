@@ -11,7 +11,7 @@ def build(checkpoint: Path, tp: int = 1, pp: int = 1, **change: Any):
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from nemo_tsdkd.checkpoint import gpt_config, load_weights
+    from nemo_tsdkd.megatron.checkpoints.load import gpt_config, load_weights
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     model_parallel_cuda_manual_seed(1)

@@ -9,7 +9,7 @@ import oracle
 import torch
 from torch import Tensor
 
-from nemo_tsdkd.config import TILE_LOGITS
+from nemo_tsdkd.config.schema import TILE_LOGITS
 from nemo_tsdkd.objective import ObjectiveConfig
 
 TILE_LOGITS["cpu"] = 4 * 41  # four tokens of a Case: these sizes too must fall into several tiles

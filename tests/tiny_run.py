@@ -8,7 +8,7 @@ from pathlib import Path
 import ranks
 import tiny_hf
 
-from nemo_tsdkd.config import TrainConfig
+from nemo_tsdkd.config.schema import TrainConfig
 
 STUDENT_VOCAB, TEACHER_VOCAB = 330, 340
 
@@ -39,13 +39,13 @@ def prepare(root: Path) -> Path:
 
 
 def import_hf(source: Path, output: Path) -> None:
-    from nemo_tsdkd.convert import import_main
+    from nemo_tsdkd.cli.convert import import_main
 
     import_main(["--source", str(source), "--output", str(output)])
 
 
 def export(checkpoint: Path, to: str, output: Path) -> None:
-    from nemo_tsdkd.convert import export_main
+    from nemo_tsdkd.cli.convert import export_main
 
     export_main(["--checkpoint", str(checkpoint), "--to", to, "--output", str(output)])
 

@@ -20,8 +20,8 @@ from transformers import (
     set_seed,
 )
 
+from nemo_tsdkd.checkpoints.atomic import appearing_folder
 from nemo_tsdkd.demo import tasks
-from nemo_tsdkd.integrity import appearing_folder
 
 BATCH_SIZE = 64
 PROBLEMS = 20_000

@@ -20,11 +20,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nemo_tsdkd.compose import compose_config
+from nemo_tsdkd.checkpoints.atomic import write_json
+from nemo_tsdkd.config.compose import compose_config
 from nemo_tsdkd.demo.pretrain import pretrained
 from nemo_tsdkd.demo.score import accuracy
 from nemo_tsdkd.demo.tasks import DISTIL_SEED, HELD_OUT, TASK, held_out_problems, training_problems, written_steps
-from nemo_tsdkd.folders import write_json
 
 PROMPTS = 5_000
 

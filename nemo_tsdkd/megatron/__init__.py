@@ -3,7 +3,7 @@
 import atexit
 import gc
 
-from nemo_tsdkd import cpu
+import nemo_tsdkd.megatron.cpu as cpu
 
 # NeMo's import makes a million objects in 8,500 modules. Python's collector would walk them again and again, for a
 # quarter of the time the import takes, and find nothing to free; frozen, they stay out of its way in training, too.

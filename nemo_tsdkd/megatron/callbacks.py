@@ -14,9 +14,15 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from nemo_tsdkd.config import CheckpointConfig
-from nemo_tsdkd.megatron.saving import STOP_SIGNALS, mark_finished, restore_random_state, save, start_writers_queue
-from nemo_tsdkd.metrics import RunWriter
+from nemo_tsdkd.config.schema import CheckpointConfig
+from nemo_tsdkd.megatron.checkpoints.save import (
+    STOP_SIGNALS,
+    mark_finished,
+    restore_random_state,
+    save,
+    start_writers_queue,
+)
+from nemo_tsdkd.reporting.metrics import RunWriter
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ import xxhash
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader
 
-from nemo_tsdkd.config import TrainConfig
-from nemo_tsdkd.data import EpochOrder, PromptDataset, Sample
+from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.data.dataset import EpochOrder, PromptDataset, Sample
 
 
 def as_list(samples: list[Sample]) -> list[Sample]:
-    """Collate nothing: sequences are padded once their responses are known (`batch.py`)."""
+    """Collate nothing: sequences are padded once their responses are known (`data/batch.py`)."""
     return samples
 
 

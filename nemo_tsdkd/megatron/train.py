@@ -13,21 +13,22 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from transformers import PreTrainedTokenizerBase
 
-from nemo_tsdkd.check import check_setup
-from nemo_tsdkd.checkpoint import gpt_config, resolve
-from nemo_tsdkd.config import TrainConfig
-from nemo_tsdkd.data import PromptDataset
-from nemo_tsdkd.integrity import step_of
+from nemo_tsdkd.checkpoints.manifest import step_of
+from nemo_tsdkd.checkpoints.shape import padded_vocab_size
+from nemo_tsdkd.checks.precision import check_engine, model_settings, plugin_settings
+from nemo_tsdkd.checks.setup import check_setup
+from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.data.dataset import PromptDataset
+from nemo_tsdkd.data.tokenizer import Vocabulary, check_same_tokenizer, load_tokenizer
+from nemo_tsdkd.distributed.groups import process_group, rank_zero_first
 from nemo_tsdkd.megatron.callbacks import Report, SaveAndStop
+from nemo_tsdkd.megatron.checkpoints.load import gpt_config, resolve
+from nemo_tsdkd.megatron.checkpoints.save import checkpoint_to_resume, full_disk_named, mark_finished
 from nemo_tsdkd.megatron.datamodule import SampleModule
-from nemo_tsdkd.megatron.saving import checkpoint_to_resume, full_disk_named, mark_finished
+from nemo_tsdkd.megatron.model import Checkpoints, TSDKDModel
 from nemo_tsdkd.megatron.strategy import TSDKDStrategy
-from nemo_tsdkd.memory import padded_vocab_size
-from nemo_tsdkd.metrics import RunWriter, save_provenance
-from nemo_tsdkd.model import Checkpoints, TSDKDModel
-from nemo_tsdkd.patience import process_group, rank_zero_first
-from nemo_tsdkd.precision import check_engine, model_settings, plugin_settings
-from nemo_tsdkd.tokenizer import Vocabulary, check_same_tokenizer, load_tokenizer
+from nemo_tsdkd.reporting.metrics import RunWriter
+from nemo_tsdkd.reporting.provenance import save_provenance
 
 
 def train(config: TrainConfig) -> None:

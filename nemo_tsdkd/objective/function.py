@@ -13,19 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_tsdkd.config import ObjectiveConfig
+from nemo_tsdkd.config.schema import ObjectiveConfig
+from nemo_tsdkd.distributed.vocab_parallel import Group, all_gather, all_reduce, group_rank, group_size, top_k_by_id
 from nemo_tsdkd.objective.heads import FusedHead, LogitsHead, Tile, compute_dtype
-from nemo_tsdkd.objective.presets import TokenWeights, token_weights
 from nemo_tsdkd.objective.sequences import SequenceLayout
-from nemo_tsdkd.objective.terms import (
-    FLOOR,
-    SoftmaxSums,
-    add_entropy_grad_,
-    divergence,
-    plackett_luce,
-    rank_agreement,
-)
-from nemo_tsdkd.vocab_parallel import Group, all_gather, all_reduce, group_rank, group_size, top_k_by_id
+from nemo_tsdkd.objective.terms import FLOOR, SoftmaxSums, add_entropy_grad_, divergence, plackett_luce, rank_agreement
+from nemo_tsdkd.objective.weights import TokenWeights, token_weights
 
 Head = LogitsHead | FusedHead
 METRICS = (

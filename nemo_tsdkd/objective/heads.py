@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nemo_tsdkd.distributed.vocab_parallel import Overlap
 from nemo_tsdkd.objective.terms import FLOOR
-from nemo_tsdkd.vocab_parallel import Overlap
 
 Tile = tuple[slice, slice, Tensor]  # tokens, columns, values [tokens, columns]
 LogitsTile = tuple[slice, slice, Tensor, Tensor]  # the same with student's and teacher's logits

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_tsdkd.config import TILE_LOGITS, ObjectiveConfig
+from nemo_tsdkd.config.schema import TILE_LOGITS, ObjectiveConfig
+from nemo_tsdkd.distributed.vocab_parallel import Group, Overlap, group_size, head_rows
 from nemo_tsdkd.objective.function import METRICS, Call, Head, Objective
 from nemo_tsdkd.objective.heads import FusedHead, LogitsHead
 from nemo_tsdkd.objective.output import ObjectiveOutput
-from nemo_tsdkd.objective.selection import check_rules
+from nemo_tsdkd.objective.rules import check_rules
 from nemo_tsdkd.objective.sequences import SequenceLayout
-from nemo_tsdkd.vocab_parallel import Group, Overlap, group_size, head_rows
 
 
 def tsdkd_loss(

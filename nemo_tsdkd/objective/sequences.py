@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_tsdkd.objective.selection import Tokens
-from nemo_tsdkd.vocab_parallel import Group, all_gather, group_rank, group_size
+from nemo_tsdkd.distributed.vocab_parallel import Group, all_gather, group_rank, group_size
+from nemo_tsdkd.objective.tokens import Tokens
 
 
 def _zigzag(cu_seqlens: Tensor, steps: int, size: int, rank: int) -> tuple[Tensor, Tensor]:

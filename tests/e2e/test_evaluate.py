@@ -7,7 +7,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from nemo_tsdkd import evaluate
+from nemo_tsdkd.cli import evaluate
 from nemo_tsdkd.demo import pretrain, score, tasks
 
 KNOWN, UNKNOWN = 6, 2

@@ -13,7 +13,7 @@ from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_tsdkd.objective import ObjectiveConfig, tsdkd_loss, tsdkd_loss_from_hidden
-from nemo_tsdkd.objective.selection import RULES
+from nemo_tsdkd.objective.rules import RULES
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
 PACKED = (0, 8, 12, 12, 32, 36)

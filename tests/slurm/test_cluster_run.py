@@ -18,10 +18,11 @@ import tiny_run
 from safetensors.numpy import load_file
 from slurm_lab import TWO_BY_TWO, Job, wait_until
 
-from nemo_tsdkd import cli
-from nemo_tsdkd.folders import is_nemo_checkpoint, read_json
-from nemo_tsdkd.integrity import step_folder
-from nemo_tsdkd.metrics import read_metrics
+from nemo_tsdkd.checkpoints.atomic import read_json
+from nemo_tsdkd.checkpoints.manifest import step_folder
+from nemo_tsdkd.checkpoints.model_folder import is_nemo_checkpoint
+from nemo_tsdkd.cli import main as cli
+from nemo_tsdkd.reporting.metrics import read_metrics
 
 SCRIPT = "tsdkd_14b_to_1.5b.sh"
 STEPS = 32

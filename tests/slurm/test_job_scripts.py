@@ -73,7 +73,7 @@ def test_the_public_recipe_s_variables_reach_the_configuration(lab, stand_in):
     job.wait_end("COMPLETED")
     assert [len(calls(job, c)) for c in ("check", "preflight", "train")] == [1, 4, 4]
 
-    from nemo_tsdkd.compose import compose_config
+    from nemo_tsdkd.config.compose import compose_config
 
     name, *overrides = re.findall(r"[a-z_.]+='(?:[^'\\]|\\.)*'|\S+", calls(job, "train")[0])[2:-3]
     c = compose_config(name, overrides)

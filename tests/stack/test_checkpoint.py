@@ -80,7 +80,7 @@ def layout_logits(gpt, checkpoint: Path) -> torch.Tensor | None:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from transformers import AutoTokenizer
 
-    from nemo_tsdkd.folders import HF_ASSETS
+    from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS
 
     tokens = AutoTokenizer.from_pretrained(checkpoint / HF_ASSETS)(TEXT, return_tensors="pt").input_ids
     positions = torch.arange(tokens.shape[1])[None]
@@ -207,7 +207,7 @@ def test_a_model_without_generation_config_is_imported(tmp_path):
 
 def lose_norms(source: Path, output: Path) -> str:
     """Import with a table of names that forgets the layer norms, as NeMo's own does without Transformer Engine."""
-    from nemo_tsdkd.megatron import hf
+    from nemo_tsdkd.megatron.checkpoints import hf
 
     hf._PLAIN_NORMS = {}
     try:

@@ -10,7 +10,7 @@ import tiny_hf
 
 
 def resolve(path: Path, cache_dir: Path) -> str:
-    from nemo_tsdkd.checkpoint import resolve
+    from nemo_tsdkd.megatron.checkpoints.load import resolve
 
     try:
         return str(resolve(path, cache_dir))
@@ -74,7 +74,7 @@ def test_what_cannot_be_imported_is_refused_with_its_reason(kind, tmp_path):
 
 
 def widths(cases: list) -> list[int]:
-    from nemo_tsdkd.memory import padded_vocab_size
+    from nemo_tsdkd.checkpoints.shape import padded_vocab_size
 
     return [padded_vocab_size(*sizes, tensor_model_parallel_size=tp) for sizes, tp in cases]
 

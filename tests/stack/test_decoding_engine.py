@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from nemo_tsdkd.megatron import decoding
+from nemo_tsdkd.megatron.rollout import decoding
 
 
 def engine_layer(use_bias: bool, te_return_bias: bool, group=None) -> nn.Module:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from ranks import run_ranks
 
-from nemo_tsdkd.generate import main
+from nemo_tsdkd.cli.generate import main
 
 
 def generate(root, output, world_size, *arguments):

@@ -34,11 +34,11 @@ def rollouts(checkpoint: Path, tp: int, pp: int, sequence_parallel: bool, runs: 
     """On this rank: (token_ids, truncated) of every prompt, for every run (`rules` of its config, other arguments)."""
     from megatron.core import parallel_state
 
-    from nemo_tsdkd.checkpoint import gpt_config
-    from nemo_tsdkd.config import RolloutConfig
-    from nemo_tsdkd.megatron.generation import generate
-    from nemo_tsdkd.memory import padded_vocab_size
-    from nemo_tsdkd.tokenizer import Vocabulary
+    from nemo_tsdkd.checkpoints.shape import padded_vocab_size
+    from nemo_tsdkd.config.schema import RolloutConfig
+    from nemo_tsdkd.data.tokenizer import Vocabulary
+    from nemo_tsdkd.megatron.checkpoints.load import gpt_config
+    from nemo_tsdkd.megatron.rollout.generation import generate
 
     vocab_size = gpt_config(checkpoint).vocab_size
     padded = padded_vocab_size(vocab_size, tensor_model_parallel_size=tp)
@@ -151,7 +151,7 @@ def test_prompt_and_response_end_at_max_length(root, alone):
 
 
 def _refused(checkpoint: Path) -> str:
-    from nemo_tsdkd.megatron.decoding import check_model
+    from nemo_tsdkd.megatron.rollout.decoding import check_model
 
     model = build(checkpoint)
     check_model(model)

@@ -9,9 +9,9 @@ import tiny_run
 import torch
 from objective_cases import Case
 
-from nemo_tsdkd.config import TrainConfig
-from nemo_tsdkd.metrics import read_metrics
+from nemo_tsdkd.config.schema import TrainConfig
 from nemo_tsdkd.objective import tsdkd_loss, tsdkd_loss_from_hidden
+from nemo_tsdkd.reporting.metrics import read_metrics
 
 pytestmark = [
     pytest.mark.gpu,
@@ -111,9 +111,9 @@ def greedy_gap(checkpoint: Path) -> float:
     """How far, at worst, the model's own forward puts another token above the one that decoding chose."""
     from megatron_chunk import build
 
-    from nemo_tsdkd.config import RolloutConfig
-    from nemo_tsdkd.megatron.generation import generate
-    from nemo_tsdkd.tokenizer import Vocabulary
+    from nemo_tsdkd.config.schema import RolloutConfig
+    from nemo_tsdkd.data.tokenizer import Vocabulary
+    from nemo_tsdkd.megatron.rollout.generation import generate
 
     model = build(checkpoint).cuda().eval()
     prompts = [[3, 1, 4, 1, 5], [9, 2], list(range(20, 57))]

@@ -8,9 +8,9 @@ import tiny_run
 import torch
 from interruptions import TIMES, saved_weights
 
-from nemo_tsdkd.config import TrainConfig
-from nemo_tsdkd.integrity import step_folder
-from nemo_tsdkd.metrics import read_metrics
+from nemo_tsdkd.checkpoints.manifest import step_folder
+from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.reporting.metrics import read_metrics
 
 TP, PP, SP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"
 LAYOUTS = {

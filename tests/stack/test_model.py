@@ -9,12 +9,12 @@ import ranks
 import tiny_run
 import torch
 
-from nemo_tsdkd.config import TrainConfig
-from nemo_tsdkd.data import Sample
-from nemo_tsdkd.integrity import newest_whole, step_folder
-from nemo_tsdkd.metrics import read_metrics
-from nemo_tsdkd.rollout import Response
-from nemo_tsdkd.tokenizer import Vocabulary
+from nemo_tsdkd.checkpoints.manifest import newest_whole, step_folder
+from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.data.dataset import Sample
+from nemo_tsdkd.data.tokenizer import Vocabulary
+from nemo_tsdkd.reporting.metrics import read_metrics
+from nemo_tsdkd.rollout.schedule import Response
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 
@@ -108,7 +108,7 @@ def train_with_signal(config: TrainConfig, rank: int, step: int) -> int:
     from unittest.mock import patch
 
     import nemo_tsdkd.megatron.train as module
-    from nemo_tsdkd import model
+    from nemo_tsdkd.megatron import model
 
     class Signalled(module.SaveAndStop):
         def on_train_batch_start(self, trainer, model, *args):
@@ -134,7 +134,7 @@ def write_after_a_signal_to_all() -> str:
     """Start the writers' process as on a GPU, send SIGUSR1 to every process of this rank, and use it."""
     import multiprocessing
 
-    from nemo_tsdkd.megatron import saving
+    from nemo_tsdkd.megatron.checkpoints import save as saving
 
     seen = []
     signal.signal(signal.SIGUSR1, lambda *_: seen.append("signal"))
@@ -159,8 +159,8 @@ def shared_out() -> list[list[int]]:
 
     from megatron.core import parallel_state
 
-    from nemo_tsdkd import model
-    from nemo_tsdkd.patience import patient_group
+    from nemo_tsdkd.distributed.groups import patient_group
+    from nemo_tsdkd.megatron import model
 
     def write(module, prompts, *, sample_ids, **_):
         rank = torch.distributed.get_rank()

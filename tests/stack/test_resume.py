@@ -13,7 +13,7 @@ import tiny_run
 import torch
 from interruptions import same, saved_weights, saving, steps_done, train, train_through_kills
 
-from nemo_tsdkd.integrity import find_damage, newest_whole, step_folder
+from nemo_tsdkd.checkpoints.manifest import find_damage, newest_whole, step_folder
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 LAYOUTS = {"dp2": (2, {}), "tp2_pp2": (4, {TP: 2, PP: 2})}
@@ -151,7 +151,7 @@ def draw_before_and_after(folder: Path) -> bool:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from nemo_tsdkd.megatron.saving import random_state, restore_random_state
+    from nemo_tsdkd.megatron.checkpoints.save import random_state, restore_random_state
 
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)

@@ -8,8 +8,8 @@ import pytest
 import tiny_hf
 from omegaconf import OmegaConf
 
-import nemo_tsdkd.cli
-from nemo_tsdkd.config import TrainConfig
+import nemo_tsdkd.cli.main
+from nemo_tsdkd.config.schema import TrainConfig
 
 HF_BARS = "HF_DATASETS_DISABLE_PROGRESS_BARS"
 OPEN = ["run_dir=run", "student.path=/nowhere", "teacher.path=/nowhere", "data.path=data.jsonl"]
@@ -26,7 +26,7 @@ def run(capsys, *argv):
     """(exit status, stdout, stderr) of `nemo-tsdkd *argv`."""
     status = 0
     try:
-        nemo_tsdkd.cli.main(argv)
+        nemo_tsdkd.cli.main.main(argv)
     except SystemExit as e:
         status = e.code
     out, err = capsys.readouterr()
@@ -92,7 +92,7 @@ def test_a_wrong_setting_is_not_blamed_on_a_node_by_preflight(capsys, overrides)
 
 def test_the_error_s_origin_on_request():
     with pytest.raises(ValueError, match="leaves open"):
-        nemo_tsdkd.cli.main(["--traceback", "check", "--config-name", "tiny"])
+        nemo_tsdkd.cli.main.main(["--traceback", "check", "--config-name", "tiny"])
 
 
 def test_one_rank_a_node_speaks(capsys, monkeypatch):
@@ -110,9 +110,9 @@ def test_a_defect_keeps_its_traceback(monkeypatch, kind):
         raise kind("a defect")
 
     monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setitem(sys.modules, "nemo_tsdkd.preflight", types.SimpleNamespace(main=main))
+    monkeypatch.setitem(sys.modules, "nemo_tsdkd.checks.preflight", types.SimpleNamespace(main=main))
     with pytest.raises(kind):
-        nemo_tsdkd.cli.main(["preflight"])
+        nemo_tsdkd.cli.main.main(["preflight"])
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from nemo_tsdkd.batch import make_micro_batches
-from nemo_tsdkd.config import DataConfig
-from nemo_tsdkd.data import EpochOrder, PromptDataset, Sample
-from nemo_tsdkd.tokenizer import Vocabulary, check_same_tokenizer, load_tokenizer
+from nemo_tsdkd.config.schema import DataConfig
+from nemo_tsdkd.data.batch import make_micro_batches
+from nemo_tsdkd.data.dataset import EpochOrder, PromptDataset, Sample
+from nemo_tsdkd.data.tokenizer import Vocabulary, check_same_tokenizer, load_tokenizer
 
 WORDS = ["<pad>", "<eos>", "<end>", "<unk>", "user:", "bot:", "one", "two", "three", "four"]
 TEMPLATE = "user: {{ messages[0]['content'] }} {% if add_generation_prompt %}bot:{% endif %}"

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from nemo_tsdkd.folders import content_key, copy_assets, read_json
+from nemo_tsdkd.checkpoints.atomic import read_json
+from nemo_tsdkd.checkpoints.model_folder import content_key, copy_assets
 
 FILES = {
     "config.json": '{"model_type": "qwen2"}',

@@ -15,23 +15,26 @@ MODULES = {
 }
 SOURCES = [*MODULES.values(), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 
-# Lower layers know nothing of higher ones; whatever is not named here is an adapter between layers 2 and 4.
-LAYERS = {"validation": 0, "config": 0, "vocab_parallel": 1, "objective": 2, "cli": 4, "__main__": 5}
-# Besides nemo_tsdkd/megatron/: the files that stand between our step and the stack.
-ADAPTERS = {"model", "teacher", "checkpoint", "cpu"}
-STACK = {"megatron", "nemo", "lightning", "transformer_engine"}
-WITHOUT_TORCH = (
-    "cli",
-    "compose",
-    "check",
-    "config",
-    "convert",
-    "folders",
-    "launch",
-    "memory",
-    "precision",
-    "validation",
+# Folders in rows: a module imports from its own folder and from the rows above, never from beside or below.
+ROWS = (
+    ("config",),
+    ("distributed",),
+    ("objective", "rollout", "checkpoints"),
+    ("data", "reporting"),
+    ("checks",),
+    ("megatron",),
+    ("cli",),
+    ("demo",),
 )
+ROW = {folder: row for row, folders in enumerate(ROWS) for folder in folders}
+AT_THE_ROOT = {"__init__": set(), "__main__": {"cli"}, "model": {"megatron"}}  # and the folders that each may import
+STACK = {"megatron", "nemo", "lightning", "transformer_engine", "apex"}
+WITHOUT_TORCH = [
+    module
+    for module in MODULES
+    if module.split(".")[1:2] in (["config"], ["checkpoints"], ["checks"], ["cli"])
+    or module in ("nemo_tsdkd.distributed.launch", "nemo_tsdkd.data.source", "nemo_tsdkd.reporting.provenance")
+]
 
 
 def imports(source: str) -> set[str]:
@@ -46,15 +49,17 @@ def imports(source: str) -> set[str]:
     return names
 
 
-def part(module: str) -> str:
+def folder_of(module: str) -> str:
     return [*module.split("."), "__init__"][1]
 
 
-def upward(module: str, source: str) -> list[str]:
-    """Imports of `module` that point from a lower layer to a higher one."""
-    own = LAYERS.get(part(module), 3)
-    ours = sorted(name for name in imports(source) if name.startswith("nemo_tsdkd.") and part(name) != "__version__")
-    return [name for name in ours if LAYERS.get(part(name), 3) > own]
+def forbidden(module: str, source: str) -> list[str]:
+    """The package's modules that `module` imports although they are not above its own folder."""
+    own = folder_of(module)
+    ours = sorted(name for name in imports(source) if name.startswith("nemo_tsdkd."))
+    if own in AT_THE_ROOT:
+        return [name for name in ours if folder_of(name) not in AT_THE_ROOT[own]]
+    return [name for name in ours if folder_of(name) != own and ROW.get(folder_of(name), len(ROWS)) >= ROW[own]]
 
 
 def dangers(source: str) -> list[str]:
@@ -77,21 +82,29 @@ def dangers(source: str) -> list[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_one_way(module):
-    assert upward(module, MODULES[module].read_text()) == []
+    assert forbidden(module, MODULES[module].read_text()) == []
 
 
-def test_the_stack_is_imported_by_adapters_only():
-    users = [m for m, path in MODULES.items() if {name.split(".")[0] for name in imports(path.read_text())} & STACK]
-    assert [m for m in users if part(m) not in {*ADAPTERS, "megatron"}] == []
+def test_every_module_lies_in_a_folder_with_a_row():
+    assert {folder_of(module) for module in MODULES} == {*ROW, *AT_THE_ROOT}
+    assert {path.name for path in PACKAGE.glob("*.py")} == {f"{name}.py" for name in AT_THE_ROOT}
 
 
-@pytest.mark.parametrize("module", sorted(ADAPTERS - {"cpu"}))
-def test_the_stand_in_comes_before_the_stack(module):
-    """Megatron compiles at import, and looks for a GPU: too late for cpu.py afterwards."""
-    names = [ast.unparse(n) for n in ast.parse((PACKAGE / f"{module}.py").read_text()).body]
-    stand_in = names.index("import nemo_tsdkd.megatron")
-    assert all(name.split()[1].split(".")[0] not in STACK for name in names[:stand_in])
-    assert any(name.split()[1].split(".")[0] in STACK for name in names[stand_in:] if " " in name)
+def test_the_stack_is_imported_in_one_folder():
+    users = {m for m, path in MODULES.items() if {name.split(".")[0] for name in imports(path.read_text())} & STACK}
+    assert {folder_of(module) for module in users} == {"megatron"}
+
+
+def test_the_stand_in_comes_before_the_stack():
+    """Megatron compiles at import, and looks for a GPU: too late for cpu.py afterwards. Python runs the package first,
+    whichever of its modules is asked for."""
+    body = [ast.unparse(n) for n in ast.parse((PACKAGE / "megatron" / "__init__.py").read_text()).body]
+    before = body[: body.index("cpu.install()")]
+    assert not {name.split(".")[0] for name in imports("\n".join(before))} & STACK
+    inside = [
+        n for n in ast.parse((PACKAGE / "megatron" / "cpu.py").read_text()).body if not isinstance(n, ast.FunctionDef)
+    ]
+    assert not {name.split(".")[0] for name in imports("\n".join(map(ast.unparse, inside)))} & STACK
 
 
 def test_no_two_modules_import_each_other():
@@ -124,16 +137,19 @@ def test_the_search_for_dangers_finds_them(bad, good):
     assert dangers(good) == []
 
 
-def test_the_search_for_upward_imports_finds_them():
-    assert upward("nemo_tsdkd.config", "def f():\n    from nemo_tsdkd import data") == ["nemo_tsdkd.data"]
-    assert upward("nemo_tsdkd.objective.loss", "from nemo_tsdkd.model import TSDKDModel") == [
-        "nemo_tsdkd.model",
-        "nemo_tsdkd.model.TSDKDModel",
+def test_the_search_for_forbidden_imports_finds_them():
+    assert forbidden("nemo_tsdkd.config.schema", "def f():\n    import nemo_tsdkd.data.dataset") == [
+        "nemo_tsdkd.data.dataset"
     ]
-    assert upward("nemo_tsdkd.model", "import nemo_tsdkd.cli") == ["nemo_tsdkd.cli"]
-    assert upward("nemo_tsdkd.model", "from nemo_tsdkd.objective import tsdkd_loss") == []
+    assert forbidden("nemo_tsdkd.objective.loss", "from nemo_tsdkd import model") == ["nemo_tsdkd.model"]
+    assert forbidden("nemo_tsdkd.objective.loss", "import nemo_tsdkd.rollout.sampling") == [
+        "nemo_tsdkd.rollout.sampling"
+    ]
+    assert forbidden("nemo_tsdkd.megatron.model", "import nemo_tsdkd.cli.main") == ["nemo_tsdkd.cli.main"]
+    assert forbidden("nemo_tsdkd.megatron.model", "import nemo_tsdkd.objective.loss, nemo_tsdkd.megatron.gpt") == []
+    assert forbidden("nemo_tsdkd.model", "import nemo_tsdkd.config.schema") == ["nemo_tsdkd.config.schema"]
 
 
 def test_login_node_modules_import_no_torch():
-    code = f"import sys, {', '.join(f'nemo_tsdkd.{m}' for m in WITHOUT_TORCH)}; sys.exit('torch' in sys.modules)"
+    code = f"import sys, {', '.join(WITHOUT_TORCH)}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

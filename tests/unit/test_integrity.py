@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from nemo_tsdkd import integrity
-from nemo_tsdkd.integrity import (
-    appearing_folder,
+from nemo_tsdkd.checkpoints import manifest
+from nemo_tsdkd.checkpoints.atomic import appearing_folder
+from nemo_tsdkd.checkpoints.manifest import (
     contents,
     describe,
     find_damage,
@@ -123,21 +123,21 @@ def test_room_is_made_of_what_killed_saves_left(tmp_path):
 
 def test_a_file_that_cannot_be_read_is_damage_not_the_end(tmp_path, monkeypatch):
     older, newer = write(tmp_path, 1), write(tmp_path, 2)
-    read = integrity.digests
+    read = manifest.digests
 
     def bad_disk(paths):
         if newer in paths[0].parents:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return read(paths)
 
-    monkeypatch.setattr(integrity, "digests", bad_disk)
+    monkeypatch.setattr(manifest, "digests", bad_disk)
     assert find_damage(newer) == "it cannot be read ([Errno 5] Input/output error)"
     assert newest_whole(tmp_path) == older
 
 
 def test_a_removal_that_is_killed_leaves_nothing_that_counts(tmp_path, monkeypatch):
     write(tmp_path, 1), write(tmp_path, 2)
-    monkeypatch.setattr(integrity.shutil, "rmtree", lambda folder: (folder / "state.json").unlink())
+    monkeypatch.setattr(manifest.shutil, "rmtree", lambda folder: (folder / "state.json").unlink())
     retain(tmp_path, 2, keep_last=1)
     assert newest_whole(tmp_path) == step_folder(tmp_path, 2)
     assert find_damage(step_folder(tmp_path, 1)) == "it was not written to its end (no manifest)"
@@ -149,7 +149,7 @@ def test_a_full_disk_while_sealing_leaves_the_older_checkpoint(tmp_path, monkeyp
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(integrity, "sync", full)
+    monkeypatch.setattr(manifest, "sync", full)
     with pytest.raises(OSError, match="No space left"):
         seal(newer, {})
     assert not has_manifest(newer) and newest_whole(tmp_path) == older
@@ -158,7 +158,7 @@ def test_a_full_disk_while_sealing_leaves_the_older_checkpoint(tmp_path, monkeyp
 SEALER = """
 import sys
 from pathlib import Path
-from nemo_tsdkd.integrity import contents, describe, seal, step_folder
+from nemo_tsdkd.checkpoints.manifest import contents, describe, seal, step_folder
 for step in range(1, 100_000):
     folder = step_folder(Path(sys.argv[1]), step)
     (folder / "weights").mkdir(parents=True)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from nemo_tsdkd import launch
+from nemo_tsdkd.distributed import launch
 
 STEP = {
     "SLURM_JOB_ID": "1234567",

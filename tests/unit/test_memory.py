@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from nemo_tsdkd.config import TrainConfig
-from nemo_tsdkd.memory import GIB, QWEN2_5, ModelShape, per_gpu
+from nemo_tsdkd.checkpoints.shape import QWEN2_5, ModelShape
+from nemo_tsdkd.checks.memory import GIB, per_gpu
+from nemo_tsdkd.config.schema import TrainConfig
 
 
 def config(tp=1, pp=1, nodes=1, gpus=8, **fields):

@@ -8,8 +8,9 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import nemo_tsdkd
-from nemo_tsdkd.config import DataConfig, ModelConfig, TeacherConfig, TrainConfig
-from nemo_tsdkd.metrics import PLOTS, REQUIRED, RunWriter, git_state, read_metrics, save_provenance
+from nemo_tsdkd.config.schema import DataConfig, ModelConfig, TeacherConfig, TrainConfig
+from nemo_tsdkd.reporting.metrics import PLOTS, REQUIRED, RunWriter, read_metrics
+from nemo_tsdkd.reporting.provenance import git_state, save_provenance
 
 
 def values(step):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nemo_tsdkd.objective import ObjectiveConfig, tsdkd_loss
-from nemo_tsdkd.objective.selection import RULES, Tokens, check_rules, rule
+from nemo_tsdkd.objective.rules import RULES, check_rules, rule
+from nemo_tsdkd.objective.tokens import Tokens
 
 
 def tokens(*sequences: list[float], teacher: float = 1.0) -> Tokens:

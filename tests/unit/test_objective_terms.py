@@ -5,14 +5,8 @@ import math
 import pytest
 import torch
 
-from nemo_tsdkd.objective.terms import (
-    SoftmaxSums,
-    add_entropy_grad_,
-    divergence,
-    plackett_luce,
-    rank_agreement,
-)
-from nemo_tsdkd.vocab_parallel import top_k_by_id
+from nemo_tsdkd.distributed.vocab_parallel import top_k_by_id
+from nemo_tsdkd.objective.terms import SoftmaxSums, add_entropy_grad_, divergence, plackett_luce, rank_agreement
 
 BETAS = [0.0, 1e-6, 0.1, 0.5, 0.9, 1 - 1e-6, 1.0]
 

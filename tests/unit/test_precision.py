@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from nemo_tsdkd import precision
-from nemo_tsdkd.config import PrecisionConfig, TeacherConfig, TrainConfig
-from nemo_tsdkd.memory import QWEN2_5, ModelShape
+from nemo_tsdkd.checkpoints.shape import QWEN2_5, ModelShape
+from nemo_tsdkd.checks import precision
+from nemo_tsdkd.config.schema import PrecisionConfig, TeacherConfig, TrainConfig
 
 STUDENT, TEACHER = QWEN2_5["1.5B"], QWEN2_5["14B"]
 

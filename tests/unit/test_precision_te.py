@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nemo_tsdkd import precision
+from nemo_tsdkd.checks import precision
 
 TE_VERSION = "2.11.0"  # the newest that the `gpu` extra allows
 CACHE = Path(__file__).parents[2] / ".cache"

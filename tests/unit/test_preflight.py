@@ -11,11 +11,13 @@ import torch
 from safetensors.numpy import save_file
 from torch.distributed import HashStore
 
-from nemo_tsdkd import probes
-from nemo_tsdkd.config import TrainConfig
-from nemo_tsdkd.launch import Launch
-from nemo_tsdkd.memory import GIB, QWEN2_5
-from nemo_tsdkd.preflight import Finding, Preflight, _grouped, _odd_versions
+from nemo_tsdkd.checkpoints.shape import QWEN2_5
+from nemo_tsdkd.checks import probes
+from nemo_tsdkd.checks.memory import GIB
+from nemo_tsdkd.checks.preflight import Finding, Preflight, _grouped, _odd_versions
+from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.distributed.launch import Launch
+from nemo_tsdkd.reporting import provenance
 
 
 def place(rank, world_size=2, port=0):
@@ -102,10 +104,10 @@ def test_models_larger_than_the_gpu(config, monkeypatch):
 
 def test_another_megatron_than_the_one_that_works_is_named(monkeypatch):
     found = {"nemo_toolkit": "2.7.3", "megatron-core": "0.15.3", "numpy": "1.26.4"}
-    monkeypatch.setattr(probes, "version", found.__getitem__)
+    monkeypatch.setattr(provenance, "version", found.__getitem__)
     probes.check_versions()
     for package, other in (("megatron-core", "0.16.1"), ("numpy", "2.1.0")):
-        monkeypatch.setattr(probes, "version", {**found, package: other}.__getitem__)
+        monkeypatch.setattr(provenance, "version", {**found, package: other}.__getitem__)
         with pytest.raises(ValueError, match=rf"{package} is {other}, but must be "):
             probes.check_versions()
 

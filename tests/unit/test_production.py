@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_tsdkd.check import check_model_fits
-from nemo_tsdkd.compose import compose_config
-from nemo_tsdkd.memory import GIB, QWEN2_5, per_gpu
-from nemo_tsdkd.precision import FP8, check_shapes
+from nemo_tsdkd.checkpoints.shape import QWEN2_5
+from nemo_tsdkd.checks.memory import GIB, per_gpu
+from nemo_tsdkd.checks.precision import FP8, check_shapes
+from nemo_tsdkd.checks.setup import check_model_fits
+from nemo_tsdkd.config.compose import compose_config
 
 ROOT = Path(__file__).parents[2]
 H100 = 79  # GiB

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from nemo_tsdkd.rollout import PREFILL_TOKENS, Response, Schedule
+from nemo_tsdkd.rollout.schedule import PREFILL_TOKENS, Response, Schedule
 
 EOS = 0
 

@@ -8,8 +8,8 @@ from chi_square import p_value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_tsdkd import sampling
-from nemo_tsdkd.sampling import fold, gumbel, keep_top_k, keep_top_p, on_policy, sample, step_key, uniform
+from nemo_tsdkd.rollout import sampling
+from nemo_tsdkd.rollout.sampling import fold, gumbel, keep_top_k, keep_top_p, on_policy, sample, step_key, uniform
 
 
 def test_fold_is_splitmix64():

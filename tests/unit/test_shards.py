@@ -5,10 +5,10 @@ import json
 import pytest
 from tiny_hf import save_tokenizer
 
-from nemo_tsdkd.config import DataConfig, TrainConfig
-from nemo_tsdkd.data import PromptDataset
-from nemo_tsdkd.shards import FORMATS, Shards
-from nemo_tsdkd.tokenizer import Vocabulary, load_tokenizer, response_text
+from nemo_tsdkd.config.schema import DataConfig, TrainConfig
+from nemo_tsdkd.data.dataset import PromptDataset
+from nemo_tsdkd.data.response_shards import FORMATS, Shards
+from nemo_tsdkd.data.tokenizer import Vocabulary, load_tokenizer, response_text
 
 
 def config(**changes):
@@ -35,7 +35,7 @@ def test_a_write_that_fails_leaves_no_shard(tmp_path, monkeypatch):
     def full_disk(path):
         raise OSError("no space left")
 
-    monkeypatch.setattr("nemo_tsdkd.integrity.sync", full_disk)
+    monkeypatch.setattr("nemo_tsdkd.checkpoints.atomic.sync", full_disk)
     with pytest.raises(OSError, match="no space"):
         shards.write(0, [{"index": 0}])
     assert shards.missing(4) == [0]

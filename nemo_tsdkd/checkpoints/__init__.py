@@ -1,0 +1,1 @@
+"""Model folders on disk: what is in one, when it counts. No torch."""

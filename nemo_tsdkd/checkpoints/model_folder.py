@@ -1,0 +1,92 @@
+"""What a model folder holds: told apart, checked and keyed by reading names and JSON only, without the heavy stack."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import xxhash
+
+from nemo_tsdkd.checkpoints.atomic import read_json
+from nemo_tsdkd.checkpoints.manifest import digests
+
+# Where our NeMo checkpoints keep the source's config, tokenizer and chat template: NeMo copies a tokenizer's folder
+# into its context under the folder's own name.
+HF_ASSETS = Path("context", "huggingface")
+ARCHITECTURES = ("qwen2", "qwen3", "llama")  # Hugging Face's model_type
+# Settings that change a model's arithmetic in a way the import does not carry over, a sliding window only beyond
+# the length at which logits are compared.
+_UNSUPPORTED = ("use_sliding_window", "attention_bias", "mlp_bias")
+_ASSET_SUFFIXES = {".json", ".jsonl", ".jinja", ".model", ".txt"}
+_IMPORT_VERSION = b"1"  # raise it when the same source would be imported to other weights
+
+
+def is_nemo_checkpoint(folder: Path) -> bool:
+    """Whether `folder` holds weights in Megatron's distributed format."""
+    return (folder / "weights" / "metadata.json").is_file()
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether `folder` holds a Hugging Face model."""
+    return (folder / "config.json").is_file()
+
+
+def require_importable(folder: Path) -> None:
+    """Raise ValueError unless `folder` is a Hugging Face model that can be imported without running its code."""
+    if not is_hf_folder(folder):
+        raise ValueError(f"{folder}: not a Hugging Face model, it has no config.json. Give the model's local folder.")
+    if not any(folder.glob("*.safetensors")):
+        pickled = any(folder.glob("*.bin"))
+        rule = "its weights are a pickle (.bin), which could run code" if pickled else "it has no .safetensors file"
+        fix = 'AutoModelForCausalLM.from_pretrained("SOURCE").save_pretrained("OUTPUT")'
+        raise ValueError(f"{folder}: {rule}. Save it as safetensors where you trust the source: {fix}.")
+    config = read_json(folder / "config.json")
+    if "auto_map" in config:
+        raise ValueError(
+            f"{folder}/config.json: auto_map asks to run the folder's own code, which is never done. "
+            "Give a model of transformers' own classes."
+        )
+    if config.get("model_type") not in ARCHITECTURES:
+        raise ValueError(
+            f"{folder}/config.json: model_type = {config.get('model_type')!r}: must be one of "
+            f"{', '.join(ARCHITECTURES)}. Import other models with NeMo itself and give the NeMo checkpoint."
+        )
+    for name in _UNSUPPORTED:
+        if config.get(name):
+            raise ValueError(
+                f"{folder}/config.json: {name} = {config[name]!r}: must be false. Choose a model without it."
+            )
+    scaling = config.get("rope_scaling") or {}
+    if scaling and (config["model_type"], scaling.get("rope_type")) != ("llama", "llama3"):
+        raise ValueError(
+            f"{folder}/config.json: rope_scaling = {scaling}: must be Llama's llama3 scaling or absent. "
+            "Choose a model without it."
+        )
+
+
+def content_key(folder: Path) -> str:
+    """Name for the import of a Hugging Face folder: its own name and a digest of every byte that decides the result.
+
+    Two training states of one model differ in weights only, not in names or sizes, so all weights are read.
+    """
+    paths = sorted([*folder.glob("*.safetensors"), *_assets(folder)])
+    state = xxhash.xxh3_128(_IMPORT_VERSION)
+    for path, value in zip(paths, digests(paths), strict=True):
+        state.update(f"{path.name}\0{value}\n".encode())
+    return f"{folder.resolve().name}-{state.hexdigest()[:16]}"
+
+
+def copy_assets(source: Path, target: Path) -> None:
+    """Copy a Hugging Face folder's config, tokenizer, chat template and generation config, but no weights."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in _assets(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def _assets(folder: Path) -> list[Path]:
+    """Files beside the weights; the index of the weights' shards describes files that an export writes anew."""
+    return [
+        p
+        for p in sorted(folder.iterdir())
+        if p.is_file() and p.suffix in _ASSET_SUFFIXES and not p.name.endswith(".index.json")
+    ]

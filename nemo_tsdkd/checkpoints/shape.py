@@ -1,0 +1,92 @@
+"""A model's dimensions, read from a folder's config.json. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_tsdkd.checkpoints.atomic import read_json
+from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Dimensions of a Qwen2-like decoder (RMS norm, gated MLP, grouped-query attention with QKV bias)."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+    tied: bool = False  # the head is the embedding
+    head_dim: int = 128
+
+    @property
+    def q_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def layer_params(self) -> int:
+        """Parameters of one decoder layer."""
+        qkv = (self.hidden + 1) * (self.q_width + 2 * self.kv_width)
+        return qkv + self.hidden * self.q_width + 3 * self.hidden * self.ffn + 2 * self.hidden
+
+    def padded_vocab(self, tp: int) -> int:
+        return padded_vocab_size(self.vocab, tensor_model_parallel_size=tp)
+
+    def params_per_gpu(self, tp: int, pp: int) -> int:
+        """Parameters of the fullest pipeline stage on one tensor-parallel rank (norms and biases counted as split)."""
+        table = self.padded_vocab(tp) * self.hidden
+        tables = 2 * table if pp == 1 and not self.tied else table  # PP > 1: the embedding or the head, not both
+        return self.layer_params_per_gpu(tp, pp) + tables // tp
+
+    def layer_params_per_gpu(self, tp: int, pp: int) -> int:
+        return self.layers // pp * self.layer_params // tp
+
+    @classmethod
+    def of_folder(cls, folder: str | Path) -> ModelShape:
+        """The shape of a Hugging Face folder, or of a NeMo checkpoint that keeps its source's config.json.
+
+        Raises:
+            ValueError: no such file, or no such dimension in it.
+        """
+        path = Path(folder, HF_ASSETS if is_nemo_checkpoint(Path(folder)) else "", "config.json")
+        try:
+            c = read_json(path)
+            return cls(
+                layers=c["num_hidden_layers"],
+                hidden=c["hidden_size"],
+                heads=c["num_attention_heads"],
+                kv_heads=c.get("num_key_value_heads", c["num_attention_heads"]),
+                head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
+                ffn=c["intermediate_size"],
+                vocab=c["vocab_size"],
+                tied=c.get("tie_word_embeddings", False),
+            )
+        except KeyError as error:
+            raise ValueError(f"{path}: has no {error}, a model's dimension. Point at a Hugging Face folder.") from None
+
+
+QWEN2_5 = {
+    "1.5B": ModelShape(28, 1536, 12, 2, 8960, 151936, tied=True),
+    "7B": ModelShape(28, 3584, 28, 4, 18944, 152064),
+    "14B": ModelShape(48, 5120, 40, 8, 13824, 152064),
+    "32B": ModelShape(64, 5120, 40, 8, 27648, 152064),
+    "72B": ModelShape(80, 8192, 64, 8, 29568, 152064),
+}
+
+
+def padded_vocab_size(*vocab_sizes: int, tensor_model_parallel_size: int) -> int:
+    """The common width of several models' embeddings: their largest, rounded up to 128 rows a tensor-parallel rank.
+
+    The same width serves TP 1, 2, 4 and 8, so that a run resumes on another: flat optimizer state has no padding rows
+    that could be cut or added.
+    """
+    rows = math.lcm(128 * 8, 128 * tensor_model_parallel_size)
+    return -(-max(vocab_sizes) // rows) * rows

@@ -1,0 +1,1 @@
+"""Can this run on these machines? Asked before any model is built."""

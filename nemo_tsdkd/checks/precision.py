@@ -1,0 +1,188 @@
+"""Precision by name: what NeMo and Megatron must be told, and what FP8 refuses. No torch, NeMo or TE on import.
+
+Without Transformer Engine, Megatron accepts any FP8 request, misspelt ones included, and trains bf16 without a word;
+every rule FP8 kernels have is therefore checked here before a model is built.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_tsdkd.checkpoints.shape import ModelShape
+from nemo_tsdkd.config.schema import TrainConfig
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """One FP8 recipe in Megatron's words."""
+
+    format: str  # hybrid: e4m3 forward, e5m2 gradients; e4m3: everywhere
+    recipe: str
+    token_multiple: int  # rows of a GEMM operand
+
+
+BLOCK = 128  # side of a block that fp8_blockwise quantizes at once
+# Delayed scaling is left out on purpose: it cannot keep single layers in bf16, and its scales, taken from earlier
+# steps' maxima, are never updated under no_grad, so a frozen teacher would run on its initial ones for ever.
+FP8 = {
+    # Transformer Engine's Float8CurrentScaling and Float8BlockScaling.
+    "fp8_tensorwise": Fp8("hybrid", "tensorwise", token_multiple=16),
+    # A sequence-parallel rank's rows are gathered in quantized blocks.
+    "fp8_blockwise": Fp8("e4m3", "blockwise", token_multiple=BLOCK),
+}
+NAMES = ("bf16", "fp32", *FP8)
+LENGTH_STEP = 256  # on a GPU: attention kernels make a plan, a tenth of a second, for every length they meet
+WEIGHT_MULTIPLE = 16  # both dimensions of a weight: each is the contracted one of the forward or a backward GEMM
+BLOCKWISE_CUDA = (12, 9)
+
+
+def model_settings(name: str, first_last_layers_bf16: bool = True) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig for this precision; the head and the loss are outside of its FP8 region.
+
+    Args:
+        name: one of NAMES (`check_names`).
+        first_last_layers_bf16: keep one layer at either end in bf16 (their number has no effect without the flag).
+    """
+    import torch
+
+    dtype = torch.float32 if name == "fp32" else torch.bfloat16
+    settings: dict[str, Any] = {
+        "bf16": name != "fp32",
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "autocast_dtype": dtype,
+        "fp8": None,
+    }
+    if name in FP8:
+        settings |= {
+            "fp8": FP8[name].format,
+            "fp8_recipe": FP8[name].recipe,
+            "fp8_param": False,  # weights stay bf16, so checkpoints and rollouts read one format
+            "first_last_layers_bf16": first_last_layers_bf16,
+            "num_layers_at_start_in_bf16": int(first_last_layers_bf16),  # Megatron's default of 1 is 0 in NeMo's plugin
+            "num_layers_at_end_in_bf16": int(first_last_layers_bf16),
+        }
+    return settings
+
+
+def plugin_settings(name: str, first_last_layers_bf16: bool = True) -> dict[str, Any]:
+    """Arguments of NeMo's MegatronMixedPrecision for the trained model: gradients are reduced in fp32."""
+    settings = model_settings(name, first_last_layers_bf16)
+    settings["precision"] = "bf16-mixed" if settings.pop("bf16") else "32"
+    if "fp8_param" in settings:
+        settings["fp8_param_gather"] = settings.pop("fp8_param")
+    return settings | {"autocast_enabled": False, "grad_reduce_in_fp32": True}
+
+
+def check_names(config: TrainConfig) -> None:
+    """Refuse precisions that do not exist, and delayed scaling by its reason.
+
+    Raises:
+        ValueError: naming the field, its value, the rule and the fix.
+    """
+    _known("precision.name", config.precision.name)
+    _known("teacher.precision", config.teacher.precision)
+
+
+def check_shapes(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> None:
+    """Refuse dimensions and token counts that the FP8 kernels of `config` cannot multiply; nothing for bf16 and fp32.
+
+    Raises:
+        ValueError: naming the field, its value, the rule and the fix.
+    """
+    tp = config.parallel.tensor_model_parallel_size
+    for field, name, shape, rows in (
+        ("precision.name", config.precision.name, student, config.micro_batch_size),
+        ("teacher.precision", config.teacher.precision, teacher, config.teacher.micro_batch_size),
+    ):
+        if name not in FP8:
+            continue
+        for what, width in (
+            ("hidden size", shape.hidden),
+            ("QKV width on a rank", (shape.q_width + 2 * shape.kv_width) // tp),
+            ("attention width on a rank", shape.q_width // tp),
+            ("MLP width on a rank", shape.ffn // tp),
+        ):
+            if width % WEIGHT_MULTIPLE:
+                raise ValueError(
+                    f"{field} = {name!r}: FP8 needs dimensions that are multiples of {WEIGHT_MULTIPLE}, but the "
+                    f"{what} is {width} at TP {tp}. Lower parallel.tensor_model_parallel_size or use bf16."
+                )
+        if name == "fp8_blockwise" and config.parallel.sequence_parallel and shape.hidden % BLOCK:
+            raise ValueError(
+                f"{field} = {name!r}: sequence parallelism gathers blocks of {BLOCK}, but the hidden size is "
+                f"{shape.hidden}. Use fp8_tensorwise."
+            )
+        multiple = token_multiple(config, name)
+        if config.data.seq_length * rows % multiple:
+            step = multiple // math.gcd(multiple, rows)
+            raise ValueError(
+                f"data.seq_length = {config.data.seq_length}: {name!r} in {field} needs the tokens of a micro-batch "
+                f"({rows} x seq_length) in multiples of {multiple}. Use {-(-config.data.seq_length // step) * step}."
+            )
+
+
+def token_multiple(config: TrainConfig, name: str) -> int:
+    """What a micro-batch's token count (rows x padded length) must be a multiple of under precision `name`.
+
+    Each context-parallel rank multiplies its share of the tokens; with sequence parallelism each tensor-parallel
+    rank quantizes its own rows before they are gathered.
+    """
+    p = config.parallel
+    ranks = p.context_parallel_size * (p.tensor_model_parallel_size if p.sequence_parallel else 1)
+    return ranks * (FP8[name].token_multiple if name in FP8 else 1)
+
+
+def pad_to_multiple(config: TrainConfig, on_gpu: bool) -> int:
+    """What every padded sequence length is a multiple of: the layout's shards, both models' kernels, LENGTH_STEP."""
+    return math.lcm(
+        LENGTH_STEP if on_gpu else 1,
+        config.parallel.pad_to_multiple,
+        token_multiple(config, config.precision.name),
+        token_multiple(config, config.teacher.precision),
+    )
+
+
+def check_engine(config: TrainConfig) -> None:
+    """Refuse FP8, context and sequence parallelism where Transformer Engine, CUDA or the GPU cannot run them.
+
+    Raises:
+        ValueError: naming the field, its value, the rule and the fix.
+    """
+    import torch
+
+    if config.parallel.sequence_parallel and torch.cuda.is_available():  # on the CPU, cpu.py stands in
+        _require_engine("parallel.sequence_parallel = True", "Megatron's own norm has none", "false")
+    if (cp := config.parallel.context_parallel_size) > 1:
+        _require_engine(f"parallel.context_parallel_size = {cp}", "Megatron's own attention has none", "1")
+    for field, name in (("precision.name", config.precision.name), ("teacher.precision", config.teacher.precision)):
+        if name not in FP8:
+            continue
+        _require_engine(f"{field} = {name!r}", "Megatron would train bf16 without saying so", "bf16")
+        cuda = tuple(int(n) for n in (torch.version.cuda or "0.0").split(".")[:2])
+        if torch.cuda.get_device_capability() < (9, 0):
+            raise ValueError(f"{field} = {name!r}: needs a Hopper GPU (compute capability 9.0) or newer. Use bf16.")
+        if name == "fp8_blockwise" and cuda < BLOCKWISE_CUDA:
+            raise ValueError(f"{field} = {name!r}: needs CUDA 12.9, found {torch.version.cuda}. Use fp8_tensorwise.")
+
+
+def _require_engine(setting: str, why: str, instead: str) -> None:
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ImportError as error:
+        raise ValueError(
+            f"{setting}: needs Transformer Engine, which does not import ({error}); {why}. "
+            f"Run in the NeMo container, or use {instead}."
+        ) from None
+
+
+def _known(field: str, name: str) -> None:
+    if name in NAMES:
+        return
+    why = "must be one of " + ", ".join(NAMES)
+    if "delayed" in name:
+        why = "delayed scaling is not offered: no layer could stay in bf16, and a frozen teacher's scales never update"
+    raise ValueError(f"{field} = {name!r}: {why}. Use fp8_tensorwise on Hopper, or bf16.")

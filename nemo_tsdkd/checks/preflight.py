@@ -1,0 +1,180 @@
+"""`nemo-tsdkd preflight`: half a minute before a long job, name the node that would spoil it.
+
+Runs one process per rank, as `train` does. Ranks meet at a plain TCP store, so that a rank that cannot take part in a
+collective still says why, and one that never came is missed by its node's name. Exit status: 0 all is well, 1 a node
+is at fault, 2 the configuration is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+from nemo_tsdkd.checks import probes
+from nemo_tsdkd.checks.precision import check_engine
+from nemo_tsdkd.checks.setup import check_fields, check_ranks, check_setup
+from nemo_tsdkd.config.compose import add_config_arguments, config_from
+from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.distributed.launch import Launch, environment, hosts
+from nemo_tsdkd.reporting.provenance import installed_versions
+
+
+@dataclass
+class Finding:
+    """What one rank tells rank 0."""
+
+    host: str
+    rank: int
+    versions: dict[str, str]
+    errors: list[str] = field(default_factory=list)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Check every rank's place, print what is wrong and where, and exit as the module says.
+
+    Raises:
+        ValueError: the configuration cannot be composed.
+    """
+    parser = argparse.ArgumentParser(prog="nemo-tsdkd preflight", description="Name the node that would spoil a job.")
+    add_config_arguments(parser)
+    parser.add_argument("--allow-cpu", action="store_true", help="accept ranks without a GPU")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds to wait for any rank (default: 120)")
+    args = parser.parse_intermixed_args(argv)
+    config = config_from(args)
+    place = environment()
+    check_fields(config)
+    check_ranks(config, place.world_size)
+    errors = Preflight(config, place, args.timeout, args.allow_cpu).run()
+    for line in errors:
+        print(f"preflight: FAILED: {line}", flush=True)
+    if not errors and place.rank == 0:
+        print(f"preflight: {place.world_size} ranks on {', '.join(hosts())}: all is well", flush=True)
+    os._exit(1 if errors else 0)  # destructors would wait for a group that has lost a member
+
+
+class Preflight:
+    """The checks in order: each node for itself, then the files they share, then the network between them."""
+
+    def __init__(self, config: TrainConfig, place: Launch, timeout: float, allow_cpu: bool) -> None:
+        self.config, self.place, self.timeout, self.allow_cpu = config, place, timeout, allow_cpu
+        host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        self.finding = Finding(host, place.rank, installed_versions())
+
+    def run(self) -> list[str]:
+        """Errors found: on rank 0 those of all ranks, elsewhere this rank's own or a pointer to rank 0's report."""
+        from torch.distributed import DistStoreError, TCPStore
+
+        address, port = self.place.master_addr, self.place.master_port
+        wait = timedelta(seconds=self.timeout)
+        try:
+            self.store = TCPStore(address, port, is_master=self.place.rank == 0, wait_for_workers=False, timeout=wait)
+            return self._groups()
+        except (DistStoreError, OSError) as error:
+            return [f"{self.finding.host} (rank {self.place.rank}): lost rank 0 at {address}:{port}: {error}"]
+
+    def _groups(self) -> list[str]:
+        self._try(self._check_node, "node")
+        if errors := self._report("node"):
+            return errors
+        canary = probes.Canary(self.config.run_dir, self.place, self.store, wait=self.timeout / 2)
+        self._try(canary.show, "shared folder")
+        if errors := self._report("files"):
+            return errors
+        if self.place.rank == 0:
+            self._try(lambda: canary.check_answers(hosts()), "shared folder")
+            canary.remove()
+        network = probes.Network(self.place, self.config.parallel.gpus_per_node)
+        patience = timedelta(seconds=2 * self.timeout)  # torch's own abort would come before our report
+        self._try(lambda: network.connect(self.store, patience), "meeting the other ranks")
+        self._try(network.inside_node, "all-reduce inside the node")
+        self._try(network.over_nodes, "all-reduce over all nodes")
+        self._try(network.between_hosts, "all-reduce over gloo")
+        return self._report("network")
+
+    def _check_node(self) -> None:
+        probes.check_versions()
+        probes.check_gpu(self.place, self.config.parallel.gpus_per_node, self.allow_cpu)
+        check_engine(self.config)
+        if self.place.local_rank == 0:  # the node's other ranks see the same disks
+            shapes = check_setup(self.config)
+            probes.check_gpu_memory(self.config, shapes)
+            for model in (self.config.student, self.config.teacher):
+                probes.check_weights(Path(model.path))
+
+    def _try(self, check: Callable[[], None], what: str) -> None:
+        """Run a check unless an earlier one failed; note its error, or that it hung."""
+        if self.finding.errors:
+            return
+
+        def body() -> None:
+            try:
+                check()
+            except Exception as error:  # whatever a driver or a library raises is this node's finding
+                self.finding.errors.append(" ".join(f"{what}: {error}".split()))
+
+        thread = threading.Thread(target=body, daemon=True)
+        thread.start()
+        thread.join(self.timeout)
+        if thread.is_alive():
+            self.finding.errors.append(f"{what}: hung for {self.timeout:.0f} s")
+
+    def _report(self, stage: str) -> list[str]:
+        """Bring all findings to rank 0 and its verdict to all; the same ranks leave here together."""
+        store, rank = self.store, self.place.rank
+        if rank != 0:
+            store.set(f"{stage}/{rank}", json.dumps(asdict(self.finding)))
+            store.wait([f"{stage}/verdict"], timedelta(seconds=3 * self.timeout))
+            failed = store.get(f"{stage}/verdict") != b"ok"
+            store.add(f"{stage}/seen", 1)
+            mine = [f"{self.finding.host} (rank {rank}): {e}" for e in self.finding.errors]
+            return mine or [f"see rank 0's report, {hosts()[0]}"] * failed
+        findings, late = self._collect(stage)
+        errors = [*late, *_grouped(findings), *(_odd_versions(findings) if stage == "node" else [])]
+        store.set(f"{stage}/verdict", "failed" if errors else "ok")
+        deadline = time.monotonic() + 10
+        while store.add(f"{stage}/seen", 0) < len(findings) - 1 and time.monotonic() < deadline:
+            time.sleep(0.02)  # the store ends with this process
+        return errors
+
+    def _collect(self, stage: str) -> tuple[list[Finding], list[str]]:
+        findings, late = [self.finding], []
+        deadline = time.monotonic() + 2 * self.timeout  # a rank may have hung for one timeout before it reports
+        for rank in range(1, self.place.world_size):
+            key = f"{stage}/{rank}"
+            while not self.store.check([key]) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if self.store.check([key]):
+                findings.append(Finding(**json.loads(self.store.get(key))))
+            else:
+                node = hosts()[rank // self.config.parallel.gpus_per_node]
+                late.append(f"{node} (rank {rank}): no report within {2 * self.timeout:.0f} s")
+        return findings, late
+
+
+def _grouped(findings: list[Finding]) -> list[str]:
+    """One line for all ranks of a node that say the same."""
+    ranks: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for finding in findings:
+        for error in finding.errors:
+            ranks[finding.host, error].append(finding.rank)
+    return [f"{host} (rank {', '.join(map(str, r))}): {error}" for (host, error), r in ranks.items()]
+
+
+def _odd_versions(findings: list[Finding]) -> list[str]:
+    """One line for each node and package that differs from rank 0's."""
+    first, odd = findings[0], set()
+    for finding in findings[1:]:
+        for package in first.versions.keys() | finding.versions.keys():
+            theirs, ours = finding.versions.get(package, "absent"), first.versions.get(package, "absent")
+            if theirs != ours:
+                odd.add(f"{finding.host}: {package} is {theirs}, but {ours} on {first.host}")
+    return sorted(odd)

@@ -1,0 +1,177 @@
+"""The single checks of `nemo-tsdkd preflight`: versions, GPU, weights, shared folder, network. No NeMo, no Megatron."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from nemo_tsdkd.checkpoints.atomic import read_json
+from nemo_tsdkd.checkpoints.model_folder import is_nemo_checkpoint
+from nemo_tsdkd.checkpoints.shape import ModelShape
+from nemo_tsdkd.checks.memory import GIB, per_gpu
+from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.distributed.launch import Launch
+from nemo_tsdkd.reporting.provenance import version_of
+
+# Megatron-core 0.15 calls what numpy 2 removed, when it first saves.
+SUPPORTED = {"nemo_toolkit": "2.7.", "megatron-core": "0.15.", "numpy": "1."}
+BUSY = 2 * GIB  # our own context is half a GiB; more in use before we start is another process
+PROBE_ELEMENTS = {"nccl": 2**24, "gloo": 2**16}  # fp32 elements of an all-reduce
+
+
+def check_versions() -> None:
+    """Raise ValueError unless the stack is one this package works with."""
+    for package, supported in SUPPORTED.items():
+        if not version_of(package).startswith(supported):
+            raise ValueError(f"{package} is {version_of(package)}, but must be {supported}*: docs/cluster.md, step 1.")
+
+
+def check_gpu(place: Launch, gpus_per_node: int, allow_cpu: bool) -> None:
+    """Raise ValueError unless this rank has a GPU of its own that nobody uses."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if allow_cpu:
+            return
+        raise ValueError("torch sees no CUDA device. Check nvidia-smi on the node; --allow-cpu trains on the CPU.")
+    if torch.cuda.device_count() < gpus_per_node:
+        raise ValueError(
+            f"{torch.cuda.device_count()} GPUs are visible, parallel.gpus_per_node is {gpus_per_node}. "
+            "Ask for more or lower it: docs/cluster.md, settings."
+        )
+    free, total = torch.cuda.mem_get_info(place.local_rank)
+    if total - free > BUSY:
+        raise ValueError(
+            f"GPU {place.local_rank} already has {(total - free) / GIB:.1f} GiB in use. "
+            "Find the left-over process with nvidia-smi, or exclude the node with sbatch --exclude."
+        )
+
+
+def check_gpu_memory(config: TrainConfig, shapes: dict[str, ModelShape]) -> None:
+    """Raise ValueError if the weights, gradients and optimizer states alone are larger than this rank's GPU."""
+    import torch
+
+    if len(shapes) < 2 or not torch.cuda.is_available():
+        return
+    need, have = per_gpu(config, **shapes).weights, torch.cuda.mem_get_info()[1]
+    if need > have:
+        raise ValueError(
+            f"weights, gradients and optimizer need {need / GIB:.1f} GiB a GPU, it has {have / GIB:.1f}. "
+            "Raise TP or PP, or add nodes."
+        )
+
+
+def check_weights(folder: Path) -> None:
+    """Open every weight file of a model folder far enough to see that it is whole; reads no tensor.
+
+    Raises:
+        ValueError: a file is missing, empty or cut short.
+    """
+    again = "Download or import the model again."
+    if is_nemo_checkpoint(folder):
+        files = list((folder / "weights").glob("*.distcp"))
+        if not files or any(path.stat().st_size == 0 for path in files):
+            raise ValueError(f"{folder / 'weights'}: .distcp files are missing or empty. {again}")
+        return
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    names = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    for path in sorted(folder / name for name in names):
+        try:
+            with safe_open(path, "numpy"):  # compares the file's size with its header
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: {error}. {again}") from None
+
+
+class Canary:
+    """A file in the run folder that every node must see, and one from every node that rank 0 must see.
+
+    `wait` is in seconds: a network file system may show a new file to the other nodes only after a while.
+    """
+
+    def __init__(self, run_dir: str, place: Launch, store: Any, wait: float) -> None:
+        attempt = f"{os.environ.get('SLURM_JOB_ID', 'local')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        self.folder = Path(run_dir, f".preflight-{attempt}")
+        self.place, self.store, self.wait = place, store, wait
+
+    def show(self) -> None:
+        """Rank 0 writes the file; the first rank of every other node finds it and answers."""
+        if self.place.rank == 0:
+            token = secrets.token_hex(8)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "canary").write_text(token)
+            self.store.set("canary", token)
+        elif self.place.local_rank == 0:
+            token = self.store.get("canary").decode()
+            if not _appears(self.folder / "canary", token, self.wait):
+                raise ValueError(f"{self.folder.parent}: rank 0's file is not seen. run_dir must be on a shared disk.")
+            (self.folder / str(self.place.node)).write_text(token)
+
+    def check_answers(self, nodes: list[str]) -> None:
+        """On rank 0, after every node has answered: raise ValueError naming the nodes whose file is not there."""
+        token = (self.folder / "canary").read_text()
+        blind = [name for i, name in enumerate(nodes) if i > 0 and not _appears(self.folder / str(i), token, self.wait)]
+        if blind:
+            raise ValueError(f"{self.folder.parent}: files of {', '.join(blind)} are not seen. Check their mounts.")
+
+    def remove(self) -> None:
+        for path in self.folder.iterdir():
+            path.unlink()
+        self.folder.rmdir()
+
+
+class Network:
+    """All-reduces inside each node, over all nodes, and over gloo, each checked by its sum."""
+
+    def __init__(self, place: Launch, gpus_per_node: int) -> None:
+        self.place, self.gpus_per_node = place, gpus_per_node
+
+    def connect(self, store: Any, timeout: Any) -> None:
+        import torch
+        import torch.distributed as dist
+
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        self._device = f"cuda:{self.place.local_rank}" if backend == "nccl" else "cpu"
+        self._elements = PROBE_ELEMENTS[backend]
+        size = self.place.world_size
+        dist.init_process_group(backend, store=store, rank=self.place.rank, world_size=size, timeout=timeout)
+        starts = range(0, size, self.gpus_per_node)
+        groups = [dist.new_group(list(range(s, s + self.gpus_per_node))) for s in starts]
+        self._node_group = groups[self.place.rank // self.gpus_per_node]
+        self._gloo = dist.new_group(backend="gloo", timeout=timeout)
+
+    def inside_node(self) -> None:
+        self._all_reduce(self._node_group, self.gpus_per_node)
+
+    def over_nodes(self) -> None:
+        self._all_reduce(None, self.place.world_size)
+
+    def between_hosts(self) -> None:
+        """Gloo, over which ranks wait for each other and Megatron saves."""
+        self._all_reduce(self._gloo, self.place.world_size, "cpu", PROBE_ELEMENTS["gloo"])
+
+    def _all_reduce(self, group: Any, size: int, device: str | None = None, elements: int | None = None) -> None:
+        import torch
+        import torch.distributed as dist
+
+        x = torch.ones(elements or self._elements, device=device or self._device)
+        dist.all_reduce(x, group=group)
+        if not bool((x == size).all()):
+            raise ValueError(f"an all-reduce of ones over {size} ranks gave {x.min().item()} to {x.max().item()}.")
+
+
+def _appears(path: Path, content: str, wait: float) -> bool:
+    deadline = time.monotonic() + wait
+    while time.monotonic() < deadline:
+        try:
+            if path.read_text() == content:
+                return True
+        except OSError:
+            pass
+        time.sleep(0.2)
+    return False

@@ -1,0 +1,91 @@
+"""What a login node can know before any rank starts: the configuration is sound and the two models allow it.
+
+Reads names and JSON only: no weights, no GPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint, require_importable
+from nemo_tsdkd.checkpoints.shape import ModelShape
+from nemo_tsdkd.checks.precision import check_names, check_shapes
+from nemo_tsdkd.config.schema import ParallelConfig, TrainConfig
+from nemo_tsdkd.data.source import check_data
+
+
+def check_setup(config: TrainConfig, batch: bool = True) -> dict[str, ModelShape]:
+    """Check all that can be checked without a model in memory; return the shape of each model that states one.
+
+    A NeMo checkpoint that was not imported by this package states none; Megatron checks it when it is built.
+
+    Args:
+        batch: whether the ranks will share global batches.
+
+    Raises:
+        ValueError: the first rule that does not hold, as field, value, rule and fix.
+    """
+    check_fields(config, batch)
+    shapes = {}
+    for which, path in (("student", Path(config.student.path)), ("teacher", Path(config.teacher.path))):
+        if _require_model(which, path):
+            shapes[which] = shape = ModelShape.of_folder(path)
+            check_model_fits(shape, config.parallel, which)
+            config.objective.validate(vocab_size=shape.vocab)
+    check_data(config.data)
+    if len(shapes) == 2:
+        check_shapes(config, **shapes)
+    return shapes
+
+
+def check_fields(config: TrainConfig, batch: bool = True) -> None:
+    """The part of `check_setup` that reads no file. Raises ValueError as it does."""
+    from nemo_tsdkd.objective import check_rules  # with torch, which this module's other users may do without
+
+    config.validate(batch)
+    check_names(config)
+    check_rules(config.objective)
+
+
+def check_ranks(config: TrainConfig, started: int) -> None:
+    """Raise ValueError unless as many ranks were started as the layout has."""
+    if started != config.parallel.world_size:
+        raise ValueError(
+            f"parallel.num_nodes x parallel.gpus_per_node = {config.parallel.world_size}: but {started} "
+            "ranks were started. Start one for each, with srun or `torchrun --nproc-per-node N -m nemo_tsdkd train`."
+        )
+
+
+def check_model_fits(shape: ModelShape, parallel: ParallelConfig, which: str) -> None:
+    """Raise ValueError unless a model can be cut into TP x PP equal parts.
+
+    Args:
+        shape: its dimensions.
+        parallel: the layout.
+        which: "student" or "teacher", for the message.
+    """
+    sizes = {"tensor": parallel.tensor_model_parallel_size, "pipeline": parallel.pipeline_model_parallel_size}
+    for name, value, direction in (
+        ("num_attention_heads", shape.heads, "tensor"),
+        ("num_key_value_heads", shape.kv_heads, "tensor"),
+        ("intermediate_size", shape.ffn, "tensor"),
+        ("num_hidden_layers", shape.layers, "pipeline"),
+    ):
+        if value % sizes[direction]:
+            field = f"parallel.{direction}_model_parallel_size"
+            raise ValueError(
+                f"{field} = {sizes[direction]}: must divide the {which}'s {name} = {value}. Choose a divisor of it."
+            )
+
+
+def _require_model(which: str, path: Path) -> bool:
+    """Raise ValueError unless `path` is a model to read; else whether it keeps a config.json, as all do but NeMo
+    checkpoints from elsewhere."""
+    if is_nemo_checkpoint(path):
+        return (path / HF_ASSETS).is_dir()
+    if not path.is_dir():
+        raise ValueError(
+            f"{which}.path = {str(path)!r}: no such folder. Give a local Hugging Face folder or a NeMo checkpoint."
+        )
+    require_importable(path)
+    return True

@@ -1,0 +1,1 @@
+"""The `nemo-tsdkd` command: one module a sub-command."""

@@ -1,0 +1,66 @@
+"""`nemo-tsdkd import` and `nemo-tsdkd export`: conversions between Hugging Face and NeMo folders.
+
+NeMo is imported inside the functions: bad input is told at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_tsdkd.checkpoints.atomic import appearing_folder
+from nemo_tsdkd.checkpoints.manifest import CHECKPOINTS, find_damage, has_manifest, newest_whole
+from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint, require_importable
+
+
+def import_main(argv: Sequence[str] | None = None) -> None:
+    """`nemo-tsdkd import --source HF --output DIR`: a Hugging Face folder to a NeMo checkpoint."""
+    parser = argparse.ArgumentParser(prog="nemo-tsdkd import", description=import_main.__doc__)
+    parser.add_argument("--source", type=Path, required=True, help="local Hugging Face folder with safetensors")
+    parser.add_argument("--output", type=Path, required=True, help="folder to create")
+    args = parser.parse_args(argv)
+    require_importable(args.source)
+    _require_absent(args.output)
+    with appearing_folder(args.output) as folder:
+        from nemo_tsdkd.megatron.checkpoints.convert import import_hf
+
+        import_hf(args.source, folder)
+    print(args.output)
+
+
+def export_main(argv: Sequence[str] | None = None) -> None:
+    """`nemo-tsdkd export --checkpoint DIR --to hf|nemo --output DIR`: the student of a run, or of one checkpoint."""
+    parser = argparse.ArgumentParser(prog="nemo-tsdkd export", description=export_main.__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder (newest whole one) or checkpoint")
+    parser.add_argument("--to", choices=("hf", "nemo"), required=True)
+    parser.add_argument("--output", type=Path, required=True, help="folder to create")
+    args = parser.parse_args(argv)
+    checkpoint = _checkpoint_in(args.checkpoint)
+    _require_absent(args.output)
+    with appearing_folder(args.output) as folder:
+        from nemo_tsdkd.megatron.checkpoints.convert import export_hf, export_nemo
+
+        (export_hf if args.to == "hf" else export_nemo)(checkpoint, folder)
+    print(args.output)
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    """The checkpoint itself, or the newest whole one of a run folder. What a run wrote must be proven whole."""
+    checkpoint = folder if is_nemo_checkpoint(folder) else newest_whole(folder)
+    if checkpoint is None:
+        raise ValueError(f"--checkpoint = {folder}: no whole checkpoint in it. Give a run folder or a NeMo checkpoint.")
+    resolved = folder.resolve()
+    of_a_run = has_manifest(folder) or (resolved.parent.name == CHECKPOINTS and resolved.name.startswith("step_"))
+    if of_a_run and (damage := find_damage(folder)):
+        raise ValueError(f"--checkpoint = {folder}: {damage}. Choose another checkpoint of the run.")
+    if not (checkpoint / HF_ASSETS).is_dir():
+        raise ValueError(
+            f"--checkpoint = {checkpoint}: not written by nemo-tsdkd. Export it with NeMo's llm.export_ckpt."
+        )
+    return checkpoint
+
+
+def _require_absent(output: Path) -> None:
+    if output.exists():
+        raise ValueError(f"--output = {output}: must not exist. Remove it or choose another folder.")

@@ -1,0 +1,45 @@
+"""`nemo-tsdkd generate`: responses of the teacher or the student, written to files that `nemo-tsdkd train` reads.
+
+Teacher-written data for `rollout.lmbda: 0.0` and sequence-level distillation, or rollouts made apart from training.
+A run that was cut off goes on with the shards that are missing, and writes the same responses as one that was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_tsdkd.checks.setup import check_setup
+from nemo_tsdkd.config.compose import add_config_arguments, config_from
+from nemo_tsdkd.data.response_shards import FORMATS, Shards
+from nemo_tsdkd.distributed import launch
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`nemo-tsdkd generate --config-name NAME --model student|teacher --output DIR [key=value ...]`.
+
+    The configuration is that of a training run, valid as a whole; `data`, `rollout`, `parallel`, `seed` and the
+    writing model's section decide the responses.
+    """
+    place = launch.environment()
+    parser = argparse.ArgumentParser(prog="nemo-tsdkd generate", description=main.__doc__)
+    add_config_arguments(parser)
+    parser.add_argument("--model", choices=("student", "teacher"), required=True, help="who writes")
+    parser.add_argument("--output", type=Path, required=True, help="folder of shards; an unfinished one is continued")
+    parser.add_argument("--format", choices=FORMATS, default="jsonl")
+    parser.add_argument("--shard-size", type=int, help="prompts in one file; default: up to 1024, work for every copy")
+    args = parser.parse_intermixed_args(argv)
+    if args.shard_size is not None and args.shard_size < 1:
+        raise ValueError(f"--shard-size = {args.shard_size}: must be at least 1. Give a positive number.")
+    config = config_from(args)
+    check_setup(config, batch=False)
+    block = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    if place.world_size % block:
+        raise ValueError(
+            f"{place.world_size} ranks were started: must be a multiple of TP x PP = {block}. Start as many copies of "
+            "the model as you like, with srun or `torchrun --nproc-per-node N -m nemo_tsdkd generate`."
+        )
+    from nemo_tsdkd.megatron.rollout.dataset import write_responses
+
+    write_responses(config, args.model, Shards(args.output, args.format, args.shard_size or 0))

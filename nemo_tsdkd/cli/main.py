@@ -1,0 +1,109 @@
+"""The `nemo-tsdkd` command. Each sub-command imports what it needs, so that help and errors come at once."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from nemo_tsdkd.config.validation import is_users
+from nemo_tsdkd.distributed import launch
+
+
+def train(argv: Sequence[str]) -> None:
+    place = launch.environment()
+    from nemo_tsdkd.checks.setup import check_ranks, check_setup
+    from nemo_tsdkd.config.compose import add_config_arguments, config_from
+
+    parser = argparse.ArgumentParser(prog="nemo-tsdkd train")
+    add_config_arguments(parser)
+    config = config_from(parser.parse_intermixed_args(argv))
+    check_setup(config)
+    check_ranks(config, place.world_size)
+    from nemo_tsdkd.megatron.train import train
+
+    train(config)
+
+
+def check(argv: Sequence[str]) -> None:
+    from omegaconf import OmegaConf
+
+    from nemo_tsdkd.checks.memory import GIB, per_gpu
+    from nemo_tsdkd.checks.setup import check_setup
+    from nemo_tsdkd.config.compose import add_config_arguments, config_from
+
+    parser = argparse.ArgumentParser(prog="nemo-tsdkd check")
+    add_config_arguments(parser)
+    config = config_from(parser.parse_intermixed_args(argv))
+    shapes = check_setup(config)
+    print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
+    p = config.parallel
+    print(
+        f"# valid for {p.world_size} ranks: TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size} "
+        f"x CP {p.context_parallel_size} x DP {config.data_parallel_size}"
+    )
+    if len(shapes) == 2:
+        print(f"# the fullest GPU needs about {per_gpu(config, **shapes).peak / GIB:.1f} GiB")
+
+
+def _later(module: str, function: str) -> Callable[[Sequence[str]], None]:
+    """`nemo_tsdkd.module.function`, imported when it is called."""
+    return lambda argv: getattr(import_module(f"nemo_tsdkd.{module}"), function)(argv)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "train": (train, "distil the teacher into the student"),
+    "check": (check, "print the resolved configuration and say whether it can run; needs no GPU"),
+    "import": (_later("cli.convert", "import_main"), "Hugging Face checkpoint -> NeMo checkpoint"),
+    "export": (_later("cli.convert", "export_main"), "training checkpoint -> NeMo or Hugging Face checkpoint"),
+    "generate": (_later("cli.generate", "main"), "write responses of the student or the teacher to a folder"),
+    "evaluate": (_later("cli.evaluate", "main"), "score an exported student on benchmarks"),
+    "preflight": (
+        _later("checks.preflight", "main"),
+        "check nodes, network, files and configuration before a long job",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one sub-command. Bad input ends with one line on stderr and exit status 2; a defect shows its traceback on
+    every rank."""
+    parser = argparse.ArgumentParser(
+        prog="nemo-tsdkd",
+        description="Token-selective dual knowledge distillation on NeMo and Megatron.",
+        epilog="\n".join(f"  {name:10} {purpose}" for name, (_, purpose) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below; each has its --help")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
+    args = parser.parse_args(argv)
+    # One voice a node: all ranks meet a bad configuration alike, but a missing file may be missing on one node only.
+    speaks = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+    if not (speaks and sys.stderr.isatty()):
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # not one bar a rank, nor one in a log file
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("nemo_tsdkd").setLevel(logging.INFO if speaks else logging.WARNING)
+    try:
+        COMMANDS[args.command][0](args.arguments)
+    except ValueError as e:
+        if args.traceback or not is_users(e):
+            raise
+        if speaks:
+            print(f"nemo-tsdkd: error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run() -> None:
+    """The command as a process of its own: `main`, and out as soon as the work is done."""
+    main()
+    # Python would first take apart, object by object, what NeMo's imports built: 4 s in every rank, in which a
+    # preempted job must leave its nodes, and in which a library's destructor may still crash or hang.
+    atexit._run_exitfuncs()  # logging and multiprocessing put their things in order here
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,343 @@
+"""Typed configuration: every field a user may set, its default and its rule.
+
+`conf/*.yaml` is composed by Hydra onto these dataclasses (`compose.py`), so an unknown key or a wrong type is an
+error that names it. `validate()` holds the rules between fields; it needs neither torch nor a GPU, so a
+submission can be checked on the login node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+from nemo_tsdkd.config import validation
+
+_DIRECT_ONLY = {"gate_rule": "identity", "indirect_kd_alpha": 0.0, "entropy_weight": 0.0}
+# The fields that a preset sets. A baseline is the paper's objective with terms switched off; the public trainer's
+# arithmetic has its own choices in place of these fields.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "reference": {
+        "opener_rule": "cumulative_entropy",
+        "entropy_rule": "top_fraction",
+        "gate_rule": "confidence",
+        "entropy_fraction": 0.1,
+        "gate_temperature": 1.0,
+    },
+    "gkd": _DIRECT_ONLY,
+    "forward_kl": {**_DIRECT_ONLY, "beta": 0.0},
+    "reverse_kl": {**_DIRECT_ONLY, "beta": 1.0},
+}
+HEADS = ("logits", "fused")
+OFFLOADS = ("none", "cpu")
+# What one tile of the objective holds by default: a CPU's cache keeps it; a GPU's launches cost little beside it.
+TILE_LOGITS = {"cpu": 2**19, "cuda": 2**23}
+MISSING = "???"  # a field the user must set
+
+
+@dataclass
+class ObjectiveConfig:
+    """The TSD-KD objective (docs/math.md). Defaults are the paper's."""
+
+    preset: str = "paper"  # paper | reference | gkd | forward_kl | reverse_kl
+    beta: float = 0.9  # JSD mixture weight of the teacher; 0 and 1 are the exact KL limits
+    threshold: float = 0.1  # c: share of the response's student entropy that the opener holds
+    indirect_kd_alpha: float = 0.1  # weight of the indirect term
+    direct_weight: float = 1.0  # weight of the direct term; the paper's is 1
+    entropy_weight: float = 1.0  # weight of the entropy term
+    top_k: int = 10  # candidates the student proposes at an opener position
+    entropy_fraction: float = 0.1  # share of response positions whose entropy is lowered
+    gate_temperature: float = 1.0  # tau of the gate
+    temperature: float = 1.0  # divides the logits of both models
+    opener_rule: str = "cumulative_entropy"  # selection rules by registry name (objective/rules.py)
+    entropy_rule: str = "top_fraction"
+    gate_rule: str = "confidence"
+    head: str = "logits"  # logits | fused: fused never holds a [tokens, V/TP] tensor
+    tile_logits: int = 0  # fp32 logits of one model that a rank works on at once; 0: TILE_LOGITS of its device
+
+    def validate(self, vocab_size: int | None = None) -> None:
+        """Raise ValueError on the first field that breaks its rule. Selection rules are checked by their registry."""
+        validation.one_of("objective.preset", self.preset, list(PRESETS))
+        validation.one_of("objective.head", self.head, HEADS)
+        validation.share(self, "objective.", "beta", "threshold", "entropy_fraction")
+        validation.require(
+            self.beta in (0, 1) or 1e-3 <= self.beta <= 1 - 1e-3,
+            "objective.beta",
+            self.beta,
+            "so near to 0 or 1 the divergence drowns in fp32's rounding",
+            f"Use {round(self.beta)}, whose limit is computed exactly.",
+        )
+        validation.not_negative(
+            self, "objective.", "indirect_kd_alpha", "direct_weight", "entropy_weight", "tile_logits"
+        )
+        validation.positive(self, "objective.", "top_k", "gate_temperature", "temperature")
+        if vocab_size is not None:
+            validation.require(
+                self.top_k <= vocab_size,
+                "objective.top_k",
+                self.top_k,
+                f"must not exceed the vocabulary ({vocab_size} tokens)",
+                "Lower top_k.",
+            )
+
+    def resolved(self) -> ObjectiveConfig:
+        """With the preset's fields set."""
+        return replace(self, **PRESETS[self.preset])
+
+    def validate_preset(self, named: Collection[str] = ()) -> None:
+        """Raise ValueError on a field that the user set and the preset would set to something else.
+
+        Args:
+            named: fields known to be set by the user, be it to their default.
+        """
+        validation.one_of("objective.preset", self.preset, list(PRESETS))
+        for name, value in PRESETS[self.preset].items():
+            given, default = getattr(self, name), getattr(type(self), name)
+            validation.require(
+                given == value or (given == default and name not in named),
+                f"objective.{name}",
+                given,
+                f"objective.preset = {self.preset} sets it to {value}",
+                "Leave it out, or take another preset.",
+            )
+
+
+@dataclass
+class ModelConfig:
+    """One model: a local Hugging Face folder (safetensors) or a NeMo checkpoint folder."""
+
+    path: str = MISSING
+
+
+@dataclass
+class TeacherConfig(ModelConfig):
+    micro_batch_size: int = 1  # rows of the teacher's forward-only pass
+    offload: str = "none"  # none | cpu: where its hidden states wait for the student
+    park: bool = False  # hold the teacher's weights on the host between passes
+    precision: str = "bf16"  # bf16 | fp32 | fp8_tensorwise | fp8_blockwise
+
+    def validate(self) -> None:
+        validation.positive(self, "teacher.", "micro_batch_size")
+        validation.one_of("teacher.offload", self.offload, OFFLOADS)
+
+
+@dataclass
+class ParallelConfig:
+    """The layout, shared by student and teacher. world size = TP x PP x CP x DP; DP is what is left."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False  # norms and dropout on 1 / TP of a sequence's tokens
+    num_nodes: int = 1
+    gpus_per_node: int = 1  # ranks on a node; processes where there is no GPU
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that share one replica of the student."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def pad_to_multiple(self) -> int:
+        """What a padded row's length must be a multiple of, so that SP and CP (in zig-zag halves) cut it evenly."""
+        sp = self.tensor_model_parallel_size if self.sequence_parallel else 1
+        return sp * (2 * self.context_parallel_size if self.context_parallel_size > 1 else 1)
+
+    def validate(self) -> None:
+        tp, pp = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+        validation.positive(self, "parallel.", tp, pp, "context_parallel_size", "num_nodes", "gpus_per_node")
+        validation.require(
+            self.world_size % self.model_parallel_size == 0,
+            "parallel.num_nodes x parallel.gpus_per_node",
+            self.world_size,
+            f"must be a multiple of TP x PP x CP = {self.model_parallel_size}",
+            "Give more ranks or lower one of the parallel sizes.",
+        )
+        validation.require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "parallel.sequence_parallel",
+            self.sequence_parallel,
+            f"needs parallel.{tp} > 1",
+            "Turn it off.",
+        )
+
+
+@dataclass
+class PrecisionConfig:
+    """The student's arithmetic. The LM head and the loss never run in FP8."""
+
+    name: str = "bf16"  # bf16 | fp32 | fp8_tensorwise | fp8_blockwise
+    first_last_layers_bf16: bool = True
+
+
+@dataclass
+class DataConfig:
+    path: str = MISSING  # .jsonl or .parquet, a folder of them, or a hub data set name
+    subset: str | None = None  # of a hub data set
+    split: str = "train"  # of a hub data set
+    prompt_column: str = "prompt"
+    response_column: str = "response"
+    seq_length: int = 2048  # prompt + response; longer prompts are dropped and counted
+    apply_chat_template: bool = True  # the tokenizer's; off: prompts are taken as they are
+    limit: int | None = None  # read the first `limit` rows only
+
+    def validate(self) -> None:
+        validation.require(
+            self.seq_length > 1, "data.seq_length", self.seq_length, "must hold a prompt and a response", "Raise it."
+        )
+        if self.limit is not None:
+            validation.positive(self, "data.", "limit")
+
+
+@dataclass
+class RolloutConfig:
+    """lmbda is the chance that a batch is written by the student (on-policy) instead of read from the data."""
+
+    lmbda: float = 1.0
+    max_new_tokens: int = 1024  # of a response
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    batch_size: int = 64  # sequences decoded at once on a data-parallel rank
+    reuse: int = 1  # optimizer steps on one set of rollouts
+
+    def validate(self) -> None:
+        validation.share(self, "rollout.", "lmbda", "top_p")
+        validation.positive(self, "rollout.", "max_new_tokens", "top_p", "batch_size", "reuse")
+        validation.not_negative(self, "rollout.", "temperature", "top_k")
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-5  # reached after a linear warm-up
+    min_lr: float = 0.0  # the end of the cosine from `lr`, at max_steps
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    clip_grad: float = 1.0  # largest norm of the gradient; 0: not clipped
+
+    def validate(self) -> None:
+        validation.positive(self, "optim.", "lr")
+        validation.not_negative(self, "optim.", "min_lr", "warmup_steps", "weight_decay", "clip_grad")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            validation.require(
+                0 <= value < 1, f"optim.{name}", value, "must lie in [0, 1)", "Give 0 or more, less than 1."
+            )
+        validation.require(
+            self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"must not exceed optim.lr = {self.lr}", "Lower it."
+        )
+
+
+@dataclass
+class CheckpointConfig:
+    every_n_steps: int = 100  # optimizer steps
+    every_minutes: float = 30.0  # saves as well when so much time has passed: what a failure may cost at long steps
+    keep_last: int = 2  # newest checkpoints kept
+    keep_every: int = 0  # besides these, one each so many steps is kept for good; 0: none
+    async_save: bool = False  # write in the background while training goes on; not with teacher.offload = cpu
+
+    def validate(self) -> None:
+        validation.positive(self, "checkpoint.", "every_n_steps", "every_minutes", "keep_last")
+        validation.not_negative(self, "checkpoint.", "keep_every")
+        validation.multiple_of("checkpoint.keep_every", self.keep_every, self.every_n_steps, "checkpoint.every_n_steps")
+
+
+@dataclass
+class TrainConfig:
+    """The root of `nemo-tsdkd train`."""
+
+    run_dir: str = MISSING
+    max_steps: int = 1000
+    global_batch_size: int = 64  # sequences of an optimizer step, over all ranks
+    micro_batch_size: int = 1  # sequences of one forward and backward pass on a rank
+    seed: int = 1234
+    progress_bar: bool = True
+    student: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.parallel.world_size // self.parallel.model_parallel_size
+
+    def validate(self, batch: bool = True) -> None:
+        """Raise ValueError on the first field that breaks its rule or a rule between fields. Reads no file.
+
+        `batch=False`: the global batch need not divide over the ranks (`generate` has none).
+        Not here: selection rules (their registry), precisions (`checks/precision.py`) and what the models allow
+        (`checks/setup.py`).
+        """
+        missing = list(_missing(self))
+        validation.require(
+            not missing, ", ".join(missing), MISSING, "must be set", "Give it in the config or as key=value."
+        )
+        validation.positive(self, "", "max_steps", "global_batch_size", "micro_batch_size")
+        validation.not_negative(self, "", "seed")
+        parts = (self.teacher, self.objective, self.data, self.rollout, self.parallel, self.optim, self.checkpoint)
+        for part in parts:
+            part.validate()
+        self.objective.validate_preset()
+        if batch:
+            self._validate_batch()
+        validation.require(
+            not self.checkpoint.async_save or self.teacher.offload == "none",
+            "checkpoint.async_save",
+            self.checkpoint.async_save,
+            "teacher.offload = cpu takes pinned memory every step, from under the writers of Megatron-core 0.15",
+            "Turn off one of the two.",
+        )
+        validation.require(
+            self.optim.warmup_steps < self.max_steps,
+            "optim.warmup_steps",
+            self.optim.warmup_steps,
+            f"must be fewer than max_steps = {self.max_steps}",
+            "Lower it.",
+        )
+        for name, steps in (
+            ("checkpoint.every_n_steps", self.checkpoint.every_n_steps),
+            ("max_steps", self.max_steps),
+        ):
+            why = ": a checkpoint holds no rollouts"
+            validation.multiple_of(name, steps, self.rollout.reuse, "rollout.reuse", why)
+        validation.require(
+            self.rollout.lmbda == 0 or self.rollout.max_new_tokens < self.data.seq_length,
+            "rollout.max_new_tokens",
+            self.rollout.max_new_tokens,
+            f"must be fewer than data.seq_length = {self.data.seq_length}, which also holds the prompt",
+            "Lower it or raise data.seq_length.",
+        )
+
+    def _validate_batch(self) -> None:
+        validation.require(
+            self.teacher.micro_batch_size <= self.micro_batch_size,
+            "teacher.micro_batch_size",
+            self.teacher.micro_batch_size,
+            f"must not exceed micro_batch_size = {self.micro_batch_size}, which the teacher reads in parts",
+            "Lower it.",
+        )
+        rows, dp = self.micro_batch_size, self.data_parallel_size
+        what = f"micro_batch_size x DP = {rows} x {dp}"
+        validation.multiple_of("global_batch_size", self.global_batch_size, rows * dp, what)
+
+
+def _missing(node: Any, prefix: str = "") -> Iterator[str]:
+    """Names of the fields that still hold MISSING."""
+    for f in fields(node):
+        value = getattr(node, f.name)
+        if is_dataclass(value):
+            yield from _missing(value, f"{prefix}{f.name}.")
+        elif value == MISSING:
+            yield prefix + f.name

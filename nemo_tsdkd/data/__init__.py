@@ -1,0 +1,1 @@
+"""Rows of a data set -> samples -> micro-batches."""

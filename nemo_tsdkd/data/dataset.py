@@ -1,0 +1,250 @@
+"""Prompts and responses: read, checked, tokenized once at set-up, and put in a reproducible order."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from pyarrow.compute import list_value_length
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from nemo_tsdkd.config.schema import DataConfig
+from nemo_tsdkd.data.source import check_data
+from nemo_tsdkd.data.tokenizer import Vocabulary, response_text
+
+log = logging.getLogger(__name__)
+
+ENCODED = datasets.Features(
+    prompt=datasets.Value("string"),
+    prompt_ids=datasets.Sequence(datasets.Value("int32")),
+    response_ids=datasets.Sequence(datasets.Value("int32")),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt as token ids. `response_ids` ends with its first EOS, or has none where it was cut off by a limit; it
+    is empty where the data's response is not needed."""
+
+    index: int
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+
+class PromptDataset(Dataset[Sample]):
+    """The usable rows of one data set in file order. `dropped` rows did not fit into `seq_length`."""
+
+    def __init__(self, rows: datasets.Dataset, dropped: int = 0) -> None:
+        self.rows = rows
+        self.dropped = dropped
+
+    @classmethod
+    def load(
+        cls, config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | None = None
+    ) -> PromptDataset:
+        """Read `config.path`, check every row and tokenize it.
+
+        A prompt longer than `seq_length - 1` leaves no room for a response token, and a response that needs more
+        than `seq_length` together with its prompt would lose its end: both are dropped and counted, never cut.
+
+        Args:
+            vocabulary: that of the tokenizer, where responses are needed; a response is read up to its first EOS.
+
+        Raises:
+            ValueError: no such file or hub data set, a bad row (with file and line), a tokenizer without chat
+                template, or no usable row.
+        """
+        if config.apply_chat_template and tokenizer.chat_template is None:
+            raise ValueError(
+                "data.apply_chat_template = True: the tokenizer has no chat template. Set it to false for a base model."
+            )
+        encoded = datasets.concatenate_datasets(
+            [
+                rows.map(
+                    _encode,
+                    with_indices=True,
+                    fn_kwargs=dict(source=source, config=config, tokenizer=tokenizer, vocabulary=vocabulary),
+                    remove_columns=rows.column_names,
+                    features=ENCODED,
+                    desc=f"Tokenizing {source}",
+                )
+                for source, rows in _open(config)
+            ]
+        )
+        prompt, response = (
+            list_value_length(encoded.data.column(name)).to_numpy() for name in ("prompt_ids", "response_ids")
+        )
+        total = prompt + response
+        long_prompt = prompt > config.seq_length - 1
+        keep = np.flatnonzero(~long_prompt & (total <= config.seq_length))
+        dropped = len(encoded) - len(keep)
+        log.info(
+            "data: %d rows of %s; dropped %d whose prompt and %d whose response does not fit into seq_length %d",
+            *(len(encoded), config.path, long_prompt.sum(), dropped - long_prompt.sum(), config.seq_length),
+        )
+        if len(keep) == 0:
+            raise ValueError(
+                f"data.path = {config.path!r}: no usable row ({dropped} dropped for data.seq_length = "
+                f"{config.seq_length}). Give a file with rows, or a larger seq_length."
+            )
+        return cls(encoded.select(keep), dropped)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Sample:
+        row = self.rows[i]
+        return Sample(i, row["prompt_ids"], row["response_ids"])
+
+
+class EpochOrder(Dataset[Sample]):
+    """`total_samples` draws from `dataset`: each epoch is a new permutation of all its rows.
+
+    Draw `i` depends on `(seed, i)` alone, so a run resumes at `consumed_samples` on any layout.
+    `Sample.index` is `i`: unique over the whole run, hence a key for the sampler's noise.
+
+    With `repeats` each `block` of draws (a global batch) is given so many times in a row, for `rollout.reuse`.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Sample], total_samples: int, seed: int, *, block: int = 1, repeats: int = 1
+    ) -> None:
+        self.dataset = dataset
+        self.total_samples = total_samples
+        self.seed = seed
+        self.block = block
+        self.repeats = repeats
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.total_samples
+
+    def __getitem__(self, i: int) -> Sample:
+        if not 0 <= i < self.total_samples:
+            raise IndexError(i)
+        i = i // (self.block * self.repeats) * self.block + i % self.block
+        epoch, position = divmod(i, len(self.dataset))  # type: ignore[arg-type]
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))  # type: ignore[arg-type]
+        return replace(self.dataset[int(self._order[position])], index=i)
+
+
+def _open(config: DataConfig) -> list[tuple[str, datasets.Dataset]]:
+    """(name for messages, first `limit` rows) of each file of `data.path`, or of the hub data set."""
+    check_data(config)
+    path = Path(config.path)
+    files = sorted(f for f in path.iterdir() if f.suffix in (".jsonl", ".parquet")) if path.is_dir() else [path]
+    if path.is_file() or path.is_dir():
+        parts = [(str(file), _read_file(file)) for file in files]
+    else:
+        parts = [(config.path, _read_hub(config))]
+    if not parts:
+        raise ValueError(f"data.path = {config.path!r}: the folder holds no .jsonl or .parquet file.")
+    left = config.limit if config.limit is not None else sum(len(rows) for _, rows in parts)
+    taken = []
+    for source, rows in parts:
+        taken.append((source, rows.select(range(min(left, len(rows))))))
+        left -= len(taken[-1][1])
+    return taken
+
+
+def _read_file(path: Path) -> datasets.Dataset:
+    if path.suffix == ".parquet":
+        builder: dict[str, Any] = {"path": "parquet"}
+    elif path.suffix == ".jsonl":
+        # As text: `json` guesses types (a prompt that is a date becomes a timestamp) and forgets line numbers.
+        builder = {"path": "text", "features": datasets.Features(text=datasets.Value("string"))}
+    else:
+        raise ValueError(f"data.path = {str(path)!r}: a file must end in .jsonl or .parquet. Rename or convert it.")
+    try:
+        return datasets.load_dataset(**builder, data_files=str(path), split="train")
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as e:
+        raise ValueError(
+            f"data.path = {str(path)!r}: is empty or cannot be read as {path.suffix} ({e.__cause__ or e})."
+        ) from e
+
+
+def _read_hub(config: DataConfig) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(config.path, config.subset, split=config.split)
+    except (ConnectionError, FileNotFoundError, ValueError) as e:  # the last: no such subset or split
+        raise ValueError(
+            f"data.path = {config.path!r} (subset {config.subset}, split {config.split}): neither a local file nor a "
+            f"data set that the hub gives out ({e}). "
+            "Check the name, or download it first and give the .jsonl or .parquet file."
+        ) from e
+
+
+def _encode(
+    row: dict[str, Any],
+    index: int,
+    *,
+    source: str,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary | None,
+) -> dict[str, Any]:
+    is_json = source.endswith(".jsonl")
+    where = f"{source}, {'line' if is_json else 'row'} {index + 1}"
+    if is_json:
+        row = _parse_line(row["text"], where)
+    column = config.prompt_column
+    if column == "prompt" and "prompt" not in row and "instruction" in row:
+        column = "instruction"  # as half of the public instruction data calls its prompts
+    prompt = _text(row, column, where)
+    if config.apply_chat_template:
+        message = {"role": "user", "content": prompt}
+        prompt_ids = tokenizer.apply_chat_template([message], add_generation_prompt=True)
+    else:
+        prompt_ids = tokenizer(prompt)["input_ids"]
+    response_ids = _response_ids(row, config, tokenizer, vocabulary, where) if vocabulary else []
+    return {"prompt": prompt, "prompt_ids": prompt_ids, "response_ids": response_ids}
+
+
+def _response_ids(
+    row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, where: str
+) -> list[int]:
+    if "response_ids" in row:
+        return vocabulary.first_response(_written_ids(row, config, tokenizer, where))
+    text = _text(row, config.response_column, where)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return vocabulary.first_response([*ids, tokenizer.eos_token_id])
+
+
+def _written_ids(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+    """The tokens that `nemo-tsdkd generate` sampled: a truncated response has no EOS, and the text, tokenized anew,
+    may be cut in other places."""
+    ids = row["response_ids"]
+    if response_text(tokenizer, ids) != row.get(config.response_column):
+        raise ValueError(
+            f"{where}: response_ids are not the tokens of {config.response_column!r} for this tokenizer. "
+            "Remove the column, so that the text is tokenized."
+        )
+    return ids
+
+
+def _parse_line(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{where}: not JSON ({e}). Each line must hold one JSON object.") from e
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: holds a {type(row).__name__}. Each line must hold one JSON object.")
+    return row
+
+
+def _text(row: dict[str, Any], column: str, where: str) -> str:
+    if column not in row:
+        raise ValueError(f"{where}: no column {column!r} among {sorted(row)}. Set data.prompt_column/response_column.")
+    value = row[column]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: {column} = {value!r:.80}: must be text and not empty. Correct or remove the row.")
+    return value

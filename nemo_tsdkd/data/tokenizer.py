@@ -1,0 +1,104 @@
+"""The tokenizer that both models answer to: read from a checkpoint's folder, compared, and told apart from padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The token ids that exist. A model's rows and logit columns from `size` on are padding, without probability."""
+
+    size: int
+    pad_id: int
+    eos_ids: tuple[int, ...]  # every id that ends a response
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> Vocabulary:
+        """That of the tokenizer in `path`: responses end with its EOS or with one of `generation_config.json`.
+
+        Raises:
+            ValueError: it has no EOS.
+        """
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"{path}: its tokenizer has no EOS token, so no response could end. Set eos_token.")
+        ids = [tokenizer.eos_token_id]
+        folder = tokenizer_folder(path)
+        if (folder / "generation_config.json").exists():
+            extra = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+            ids += extra if isinstance(extra, list) else [extra]
+        eos_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
+        return cls(size=1 + max(tokenizer.get_vocab().values()), pad_id=eos_ids[0], eos_ids=eos_ids)
+
+    def require_rows(self, **models: int) -> None:
+        """Raise ValueError unless each model, by its name, has a row for every id: padding would be trained as text.
+
+        Args:
+            models: rows of a model's embedding in its checkpoint.
+        """
+        for which, rows in models.items():
+            if rows < self.size:
+                raise ValueError(
+                    f"{which}.path: the tokenizer has {self.size} ids, but the model {rows} rows. "
+                    "Give the tokenizer it was trained with, or resize the model (resize_token_embeddings)."
+                )
+
+    def ends(self, token_ids: list[int]) -> bool:
+        """Whether a response ended by itself and not at a length limit."""
+        return bool(token_ids) and token_ids[-1] in self.eos_ids
+
+    def first_response(self, token_ids: list[int]) -> list[int]:
+        """The response as far as its first EOS, which is its last token; what follows is no part of it."""
+        end = next((i for i, token in enumerate(token_ids) if token in self.eos_ids), len(token_ids))
+        return token_ids[: end + 1]
+
+
+def tokenizer_folder(path: str | Path) -> Path:
+    """The folder inside a Hugging Face or NeMo checkpoint folder that holds the tokenizer's files."""
+    inside = [Path(path, HF_ASSETS), Path(path, "context", "nemo_tokenizer")]  # of our import; of NeMo's own
+    return next((folder for folder in inside if folder.is_dir()), Path(path))
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local checkpoint folder. No code from the folder is run. ValueError where it has none."""
+    folder = tokenizer_folder(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder. Give a local Hugging Face or NeMo folder.")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        reason = f"{str(e).splitlines()[0]:.120}"  # transformers lists every model type it knows
+        raise ValueError(
+            f"{folder}: has no tokenizer that transformers can load ({reason}). Copy the model's tokenizer into it."
+        ) from e
+
+
+def response_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    """A response as text, without EOS and other special tokens."""
+    return tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError with the first difference in vocabulary, special ids or chat template.
+
+    The divergence compares the two models token id by token id; one shifted id would make it meaningless.
+    """
+    student_vocab, teacher_vocab = student.get_vocab(), teacher.get_vocab()
+    for token in sorted(student_vocab.keys() | teacher_vocab.keys()):
+        _same(f"the id of token {token!r}", student_vocab.get(token), teacher_vocab.get(token))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template"):
+        _same(name, getattr(student, name), getattr(teacher, name))
+
+
+def _same(what: str, student: Any, teacher: Any) -> None:
+    if student != teacher:
+        raise ValueError(
+            f"teacher.path: its tokenizer is not the student's: {what} is {teacher!r:.80} instead of {student!r:.80}. "
+            "Choose a pair from one model family, or copy one tokenizer to both."
+        )

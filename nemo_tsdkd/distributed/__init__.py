@@ -1,0 +1,1 @@
+"""How the ranks meet, and who holds which token ids."""

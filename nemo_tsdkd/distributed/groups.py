@@ -1,0 +1,78 @@
+"""How the ranks meet, and where they wait for one that has hours of work left.
+
+NCCL's and Megatron's groups give up after half an hour, and should: that is how a hang is found. But some work is
+rightly unequal: one rank imports a model, or a data-parallel rank's samples all run to the length limit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from nemo_tsdkd.config.validation import is_users
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # as Megatron's own groups have
+PATIENCE = timedelta(days=1)
+Result = TypeVar("Result")
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Let the ranks meet: they have imports and a resume to settle before Lightning, which goes on with the group."""
+    if dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    yield
+    dist.barrier()  # not after an error: the others may be waiting in another collective
+    dist.destroy_process_group()
+
+
+def patient_group() -> ProcessGroup:
+    """A gloo group of all ranks in which a collective may take `PATIENCE`. Collective; destroyed with the world."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def rank_zero_first(work: Callable[[], Result]) -> Result:
+    """Do `work` on rank 0 and then on all others, which find in a cache on a shared disk what it left. Collective.
+
+    Raises:
+        ValueError, RuntimeError: as `from_rank_zero`.
+    """
+    done: list[Result] = []
+    from_rank_zero(lambda: done.append(work()))
+    return done[0] if done else work()
+
+
+def from_rank_zero(work: Callable[[], Result]) -> Result:
+    """Do `work` on rank 0, however long it takes, and return its result on every rank. Collective.
+
+    Raises:
+        ValueError, RuntimeError: what rank 0 met, on every rank; the second for any error but a user's.
+    """
+    if not dist.is_initialized():
+        return work()
+    group = patient_group()
+    outcome: list = [None, None, RuntimeError]
+    cause = None
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            cause = error
+            outcome[1:] = str(error), ValueError if is_users(error) else RuntimeError
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    dist.destroy_process_group(group)
+    result, message, kind = outcome
+    if message is not None:
+        raise kind(message) from cause
+    return result

@@ -1,0 +1,1 @@
+"""NeMo checkpoints: written, read, and converted from and to Hugging Face."""

@@ -1,0 +1,182 @@
+"""Hugging Face <-> NeMo, for Llama, Qwen2 and Qwen3.
+
+NeMo's functions regroup q, k, v and NeMo's trainer saves; names and configs are ours, because NeMo's importers know no
+tied head for Qwen2, no head_dim for Qwen3, and only Transformer Engine's fused layer norms (without it they leave
+every norm at one).
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel as MCoreGPTModel
+from nemo.collections import llm
+from nemo.collections.llm.gpt.model.base import HAVE_TE
+from nemo.collections.llm.gpt.model.llama import Llama31Config
+from nemo.lightning import io
+from nemo.lightning.io.state import TransformFns
+from nemo.lightning.pytorch.utils import dtype_from_hf
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+CLASSES = {  # NeMo's, by Hugging Face's model_type (model_folder.ARCHITECTURES)
+    "qwen2": (llm.Qwen2Config, llm.Qwen2Model),
+    "qwen3": (llm.Qwen3Config, llm.Qwen3Model),
+    "llama": (llm.LlamaConfig, llm.LlamaModel),
+}
+
+_NAMES = {
+    "model.embed_tokens.weight": "embedding.word_embeddings.weight",
+    "model.layers.*.self_attn.o_proj.weight": "decoder.layers.*.self_attention.linear_proj.weight",
+    "model.layers.*.mlp.down_proj.weight": "decoder.layers.*.mlp.linear_fc2.weight",
+    "model.norm.weight": "decoder.final_layernorm.weight",
+    "lm_head.weight": "output_layer.weight",
+}
+_QK_NORMS = {
+    "model.layers.*.self_attn.q_norm.weight": "decoder.layers.*.self_attention.q_layernorm.weight",
+    "model.layers.*.self_attn.k_norm.weight": "decoder.layers.*.self_attention.k_layernorm.weight",
+}
+_FUSED_NORMS = {  # Transformer Engine keeps a norm's weight in the linear layer behind it
+    "model.layers.*.input_layernorm.weight": "decoder.layers.*.self_attention.linear_qkv.layer_norm_weight",
+    "model.layers.*.post_attention_layernorm.weight": "decoder.layers.*.mlp.linear_fc1.layer_norm_weight",
+}
+_PLAIN_NORMS = {
+    "model.layers.*.input_layernorm.weight": "decoder.layers.*.input_layernorm.weight",
+    "model.layers.*.post_attention_layernorm.weight": "decoder.layers.*.pre_mlp_layernorm.weight",
+}
+_QKV = "decoder.layers.*.self_attention.linear_qkv"
+_FC1 = "decoder.layers.*.mlp.linear_fc1.weight"
+_GATE_UP = ("model.layers.*.mlp.gate_proj.weight", "model.layers.*.mlp.up_proj.weight")
+
+# One short text is enough: a wrong weight in any layer changes every logit.
+_SAMPLE = "Ann has 3 boxes with 12 eggs each and sells 7 eggs. How many are left? 3 * 12 = 36 and 36 - 7 = 29."
+_TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # of the logits' norm; Transformer Engine multiplies fp32 in TF32
+
+
+def config_from_hf(folder: Path) -> llm.GPTConfig:
+    """NeMo's GPT config for a Hugging Face folder; reads its JSON files only."""
+    hf = AutoConfig.from_pretrained(folder)
+    dtype = dtype_from_hf(hf)
+    config_class, _ = CLASSES[hf.model_type]
+    fields: dict[str, Any] = {}
+    if (scaling := hf.rope_scaling) and scaling["rope_type"] == "llama3":
+        config_class = Llama31Config
+        fields = {
+            "scale_factor": scaling["factor"],
+            "low_freq_factor": scaling["low_freq_factor"],
+            "high_freq_factor": scaling["high_freq_factor"],
+            "old_context_len": scaling["original_max_position_embeddings"],
+        }
+    return config_class(
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        ffn_hidden_size=hf.intermediate_size,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        kv_channels=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        init_method_std=hf.initializer_range,
+        layernorm_epsilon=hf.rms_norm_eps,
+        rotary_base=hf.rope_theta,
+        seq_length=hf.max_position_embeddings,
+        vocab_size=hf.vocab_size,
+        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        generation_config=GenerationConfig.from_pretrained(folder),
+        apply_rope_fusion=HAVE_TE,  # its kernel comes with Transformer Engine
+        bias_activation_fusion=HAVE_TE,  # NeMo's Qwen leaves it off, and keeps five MLP widths a token where three do
+        **fields,
+    )
+
+
+def to_megatron(hf_model: PreTrainedModel, gpt: MCoreGPTModel) -> None:
+    """Set the weights of a whole Megatron model (no parallelism) from Hugging Face's."""
+    transforms = [
+        io.state_transform(_projections("weight"), f"{_QKV}.weight", TransformFns.merge_qkv),
+        io.state_transform(_GATE_UP, _FC1, TransformFns.merge_fc1),
+    ]
+    if gpt.config.add_qkv_bias:
+        transforms.append(io.state_transform(_projections("bias"), f"{_QKV}.bias", TransformFns.merge_qkv_bias))
+    io.apply_transforms(hf_model, gpt, _names(gpt), transforms, cast_dtype=gpt.config.params_dtype)
+
+
+def to_hf(gpt: MCoreGPTModel, hf_model: PreTrainedModel) -> None:
+    """Set a Hugging Face model's weights from those of a whole Megatron model."""
+    transforms = [
+        io.state_transform(f"{_QKV}.weight", _projections("weight"), TransformFns.split_qkv),
+        io.state_transform(_FC1, _GATE_UP, TransformFns.split_fc1),
+    ]
+    if gpt.config.add_qkv_bias:
+        transforms.append(io.state_transform(f"{_QKV}.bias", _projections("bias"), TransformFns.split_qkv_bias))
+    names = {megatron: hf for hf, megatron in _names(gpt).items()}
+    tied = ["lm_head.weight"] if gpt.share_embeddings_and_output_weights else []
+    io.apply_transforms(gpt, hf_model, names, transforms, state_dict_ignored_entries=tied, cast_dtype=hf_model.dtype)
+    hf_model.tie_weights()  # the conversion gave the embedding a new tensor
+
+
+def _projections(kind: str) -> tuple[str, ...]:
+    return tuple(f"model.layers.*.self_attn.{name}_proj.{kind}" for name in "qkv")
+
+
+def _names(gpt: MCoreGPTModel) -> dict[str, str]:
+    """Hugging Face's and Megatron's names of the tensors that both hold in the same form."""
+    names = _NAMES | (_PLAIN_NORMS if "decoder.layers.0.input_layernorm.weight" in gpt.state_dict() else _FUSED_NORMS)
+    if gpt.config.qk_layernorm:
+        names |= _QK_NORMS
+    if gpt.share_embeddings_and_output_weights:
+        del names["lm_head.weight"]
+    return names
+
+
+def require_equal_logits(hf_folder: Path, gpt: MCoreGPTModel) -> None:
+    """Compare a whole Megatron model with a Hugging Face folder on a short text, both in fp32, one model after the
+    other and layer by layer: a GPU holds embedding, head and one layer.
+
+    Raises:
+        RuntimeError: their logits differ by more than fp32 rounding.
+    """
+    expected, logits = _compared_logits(hf_folder, gpt)
+    error = ((logits - expected).norm() / expected.norm()).item()
+    tolerance = _TOLERANCE["cuda" if torch.cuda.is_available() else "cpu"]
+    if not error <= tolerance:  # NaN too
+        raise RuntimeError(f"{hf_folder}: Megatron's logits differ from Hugging Face's by {error:.1e} of their norm.")
+    logger.info("%s: Megatron's logits differ from Hugging Face's by %.1e of their norm.", hf_folder, error)
+
+
+@torch.no_grad()
+def _compared_logits(hf_folder: Path, gpt: MCoreGPTModel) -> tuple[Tensor, Tensor]:
+    """Logits `[1, S, V]` of both; on the GPU where there is one, since Transformer Engine's layers need it."""
+    tokens = AutoTokenizer.from_pretrained(hf_folder)(_SAMPLE, return_tensors="pt").input_ids.cuda()
+    dtype, gpt.config.params_dtype = gpt.config.params_dtype, torch.float32
+    hf_model = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=dtype, use_safetensors=True)
+    _stream(hf_model, hf_model.model.layers, dtype)
+    expected = hf_model.eval()(tokens).logits.cpu()
+    del hf_model
+    _stream(gpt, gpt.decoder.layers, dtype)
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    return expected, gpt.eval()(tokens, positions, None).cpu()
+
+
+def _stream(model: nn.Module, layers: nn.ModuleList, dtype: torch.dtype) -> None:
+    """Move all but the layers to the device in fp32; each layer comes when it is called, and leaves in `dtype`."""
+    device = torch.cuda.current_device()
+    waiting = {id(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in waiting:
+            tensor.data = tensor.data.to(device, torch.float32)
+
+    def come(layer: nn.Module, *_: object) -> None:
+        layer.to(device, torch.float32)
+
+    def leave(layer: nn.Module, *_: object) -> None:
+        layer.to("cpu", dtype)
+
+    for layer in layers:
+        layer.register_forward_pre_hook(come)
+        layer.register_forward_hook(leave)

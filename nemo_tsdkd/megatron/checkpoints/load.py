@@ -1,0 +1,132 @@
+"""Models from disk: from a path to a NeMo checkpoint, its GPT config, and its weights in any TP x PP layout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.models.gpt import GPTModel as MCoreGPTModel
+from nemo.collections import llm
+from nemo.lightning import io
+
+from nemo_tsdkd.checkpoints.model_folder import (
+    HF_ASSETS,
+    content_key,
+    is_hf_folder,
+    is_nemo_checkpoint,
+    require_importable,
+)
+from nemo_tsdkd.distributed.groups import from_rank_zero
+from nemo_tsdkd.megatron.checkpoints.hf import config_from_hf
+
+_PREFIX = "module."  # NeMo's checkpoints hold the model under this name, beside optimizer state
+_LAUNCH_VARIABLES = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "SLURM_")
+
+
+def resolve(path: str | Path, cache_dir: Path) -> Path:
+    """The NeMo checkpoint for a model path: itself, or the import of a Hugging Face folder.
+
+    Call it on every rank of a job, in its process group. An import happens once, on rank 0 and in a process of its own
+    (NeMo builds a world of one for it); it lies in `cache_dir`, on a file system all ranks share, under a key of the
+    content.
+
+    Raises:
+        ValueError: `path` is neither kind of folder, or a Hugging Face folder that cannot be imported.
+        RuntimeError: the import failed; every rank raises it.
+    """
+    folder = Path(path)
+    if is_nemo_checkpoint(folder):
+        return folder
+    if not is_hf_folder(folder):
+        fix = "Give a local Hugging Face folder (config.json, *.safetensors) or a NeMo checkpoint folder"
+        raise ValueError(f"{folder}: {'no model in it' if folder.is_dir() else 'no such folder'}. {fix}.")
+    require_importable(folder)
+    checkpoint = Path(from_rank_zero(lambda: str(_import_once(folder, cache_dir))))
+    _await(checkpoint)
+    return checkpoint
+
+
+def gpt_config(checkpoint: Path) -> llm.GPTConfig:
+    """NeMo's GPT config of a checkpoint, `vocab_size` being the model's own width without padding.
+
+    An import of ours keeps the source's `config.json`, and the config is derived from that. The context of any other
+    NeMo checkpoint names Python classes that NeMo instantiates: take such folders from a trusted source only.
+    """
+    assets = checkpoint / HF_ASSETS
+    config = config_from_hf(assets) if assets.is_dir() else io.load_context(checkpoint, subpath="model.config")
+    dtype = _stored_tensors(checkpoint)[f"{_PREFIX}embedding.word_embeddings.weight"].dtype
+    config.params_dtype, config.bf16, config.fp16 = dtype, dtype == torch.bfloat16, dtype == torch.float16
+    if not torch.cuda.is_available():
+        config.apply_rope_fusion = config.gradient_accumulation_fusion = False  # CUDA kernels
+        config.persist_layer_norm = config.bias_activation_fusion = config.masked_softmax_fusion = False
+    return config
+
+
+def load_weights(module: MCoreGPTModel, checkpoint: Path) -> None:
+    """Fill a built GPT chunk from a NeMo checkpoint; collective over all ranks of Megatron's current parallel state.
+
+    Each rank reads the slices it holds, whatever layout wrote them, and no optimizer state. Rows of the embedding
+    and the head beyond those in the file become zero; rows of the file beyond the module's are left out.
+
+    Raises:
+        ValueError: the checkpoint and the model do not have the same parameters.
+    """
+    assert not any(p.is_meta for p in module.parameters()), "weights loaded into the meta device are lost"
+    state, missing, unexpected = dist_checkpointing.load(
+        module.sharded_state_dict(prefix=_PREFIX),
+        str(checkpoint / "weights"),
+        strict=StrictHandling.RETURN_ALL,
+    )
+    # Transformer Engine's extra state is empty where nothing is FP8, and absent from imports made without it.
+    missing = {k for k in missing if k.startswith(_PREFIX) and "_extra_state" not in k}
+    unexpected = {k for k in unexpected if "_extra_state" not in k}
+    if missing or unexpected:
+        raise ValueError(
+            f"{checkpoint}: not this model's weights. In the file only: {sorted(missing) or 'nothing'}; "
+            f"in the model only: {sorted(unexpected) or 'nothing'}. Import the model again."
+        )
+    weights = {k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)}
+    absent, _ = module.load_state_dict(weights, strict=False)
+    assert all("_extra_state" in key for key in absent), absent
+
+
+def frozen_model(config: llm.GPTConfig, checkpoint: Path) -> MCoreGPTModel:
+    """This rank's shard of a model that only computes: weights loaded, in `config.params_dtype`, on the device.
+
+    Args:
+        config: its parallel sizes, padded vocabulary and dtypes set.
+    """
+    model = config.configure_model(tokenizer=None)
+    load_weights(model, checkpoint)
+    return model.to(device=torch.cuda.current_device(), dtype=config.params_dtype).eval().requires_grad_(False)
+
+
+def _stored_tensors(checkpoint: Path) -> dict:
+    return dist_checkpointing.load_tensors_metadata(str(checkpoint / "weights"))
+
+
+def _import_once(folder: Path, cache_dir: Path) -> Path:
+    checkpoint = cache_dir / content_key(folder)
+    if not checkpoint.is_dir():
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCH_VARIABLES)}
+        command = [sys.executable, "-m", "nemo_tsdkd", "import", "--source", str(folder), "--output", str(checkpoint)]
+        child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if not is_nemo_checkpoint(checkpoint):
+            tail = "\n".join(child.stdout.splitlines()[-20:])
+            raise RuntimeError(f"{folder}: the import failed (exit status {child.returncode}):\n{tail}")
+    return checkpoint
+
+
+def _await(checkpoint: Path, seconds: float = 60) -> None:
+    """Network file systems show another node's rename with a delay."""
+    deadline = time.monotonic() + seconds
+    while not is_nemo_checkpoint(checkpoint):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{checkpoint}: imported by rank 0, not seen here. Put run_dir on a shared file system.")
+        time.sleep(0.2)

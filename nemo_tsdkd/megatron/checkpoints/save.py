@@ -1,0 +1,170 @@
+"""Training checkpoints: what is in one, when it counts, and how a run goes on from it.
+
+`checkpoints/step_N` holds NeMo's distributed checkpoint (student, optimizer, schedule, loops, consumed samples), the
+source's context (config, tokenizer), and each rank's random state. Its manifest comes last: `checkpoints/manifest.py`.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
+
+from nemo_tsdkd.checkpoints.atomic import write_whole
+from nemo_tsdkd.checkpoints.manifest import (
+    contents,
+    describe,
+    find_damage,
+    first_whole,
+    make_room,
+    newest_first,
+    retain,
+    seal,
+    step_folder,
+)
+from nemo_tsdkd.config.schema import CheckpointConfig
+from nemo_tsdkd.distributed.groups import from_rank_zero
+
+_PROBE = 1 << 20  # bytes
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a cluster's request to save and leave
+
+
+def start_writers_queue() -> None:
+    """Begin the process by which Megatron's writers report, where no stop signal reaches it.
+
+    The signal that asks for a checkpoint goes to every process of the job, on some clusters also to this one, without
+    which nothing can be saved. Started at the first save it would have the signals' default action: to end.
+    """
+    for begin in (resource_tracker.ensure_running, filesystem_async._get_write_results_queue):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # each time: ensure_running unblocks SIGTERM
+        try:
+            begin()  # a new process inherits the block and keeps it
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def mark_finished(run_dir: Path) -> None:
+    """A job that finds the mark never runs again."""
+    (run_dir / "FINISHED").touch()
+
+
+def save(trainer: pl.Trainer, run_dir: Path, source: Path, config: CheckpointConfig, *, wait: bool) -> None:
+    """Write, prove and declare the checkpoint of this step; then the old ones may go. Collective.
+
+    With `async_save` the files are written behind the following steps; NeMo's callback finds that all ranks are done.
+
+    Args:
+        source: the imported student the run began with, whose context (config, tokenizer) every checkpoint repeats.
+        wait: return when the checkpoint is whole, even with `async_save`.
+    """
+    io, folder = trainer.strategy.checkpoint_io, step_folder(run_dir, trainer.global_step)
+    if config.async_save:
+        io.maybe_finalize_save_checkpoint(blocking=True)  # one in the making at a time
+    declare = partial(_declare, run_dir, trainer.global_step, config)
+    if dist.get_rank() == 0:
+        make_room(run_dir, trainer.global_step)
+        shutil.copytree(source / "context", folder / "context")
+        (folder / "random").mkdir()
+    dist.barrier()
+    torch.save(random_state(), _random_file(folder))
+    trainer.save_checkpoint(folder, storage_options={"finalize_fn": declare} if config.async_save else None)
+    if not config.async_save:
+        declare()
+    elif wait:
+        io.maybe_finalize_save_checkpoint(blocking=True)
+
+
+@contextmanager
+def full_disk_named(run_dir: Path) -> Iterator[None]:
+    """Say so where the run's disk is full or over its quota: Megatron's writers report that in several ways, some
+    without a word of it.
+
+    What was being saved then does not count, and the checkpoints before it are as they were.
+
+    Raises:
+        OSError: what the disk answers, in place of the error it led to.
+    """
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # torch derives the second from BaseException
+        probe = run_dir / f".probe_{dist.get_rank()}"
+        try:
+            probe.write_bytes(bytes(_PROBE))
+        except OSError as full:
+            raise OSError(full.errno, full.strerror, str(run_dir)) from error
+        finally:
+            probe.unlink(missing_ok=True)
+        raise
+
+
+def _declare(run_dir: Path, step: int, config: CheckpointConfig) -> None:
+    folder, rank, world_size = step_folder(run_dir, step), dist.get_rank(), dist.get_world_size()
+    dist.barrier()
+    names = from_rank_zero(lambda: contents(folder))
+    entries: list[Any] = [None] * world_size
+    dist.all_gather_object(entries, describe(folder, names[rank::world_size]))
+    if rank == 0:
+        seal(folder, {name: entry for part in entries for name, entry in part.items()})
+        retain(run_dir, step, config.keep_last, config.keep_every)
+        write_whole(run_dir / "last_step", f"{step}\n".encode())  # the job script sees progress by it
+    dist.barrier()
+
+
+def checkpoint_to_resume(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint, the same on every rank. Collective.
+
+    Rank 0 looks for them, and each rank proves a share of the files: one alone would read for minutes.
+    """
+
+    def damage_of(folder: Path) -> str | None:
+        found: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, find_damage(folder, dist.get_rank(), len(found)))
+        return next((damage for damage in found if damage), None)
+
+    return first_whole(from_rank_zero(lambda: newest_first(run_dir)), damage_of)
+
+
+def random_state() -> dict[str, Any]:
+    """Every random generator of this rank, in types that `torch.load(weights_only=True)` accepts."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tensor_parallel": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def restore_random_state(checkpoint: Path) -> None:
+    """Set this rank's generators as they were; on another number of ranks they stay as seeded."""
+    path = _random_file(checkpoint)
+    if not path.is_file():
+        return
+    state = torch.load(path, weights_only=True)
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["tensor_parallel"])
+
+
+def _random_file(checkpoint: Path) -> Path:
+    return checkpoint / "random" / f"rank_{dist.get_rank()}_of_{dist.get_world_size()}.pt"

@@ -1,0 +1,229 @@
+"""The NeMo model class: a trainable student and a frozen teacher, and the three acts of a training step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from nemo.collections import llm
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from nemo_tsdkd.checks.precision import pad_to_multiple
+from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.data.batch import MicroBatch, make_micro_batches
+from nemo_tsdkd.data.dataset import Sample
+from nemo_tsdkd.data.tokenizer import Vocabulary
+from nemo_tsdkd.distributed.groups import patient_group
+from nemo_tsdkd.megatron.checkpoints.load import load_weights
+from nemo_tsdkd.megatron.gpt import (
+    context_parallel_slice,
+    head_weight,
+    hidden_states_only,
+    unwrap,
+    vocab_parallel_logits,
+)
+from nemo_tsdkd.megatron.rollout.generation import generate
+from nemo_tsdkd.megatron.teacher import Teacher
+from nemo_tsdkd.objective import ObjectiveOutput, tsdkd_loss, tsdkd_loss_from_hidden
+from nemo_tsdkd.rollout.sampling import on_policy
+from nemo_tsdkd.rollout.schedule import Response, interleave
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """NeMo checkpoints of the initial student and of the teacher, and the teacher's configuration."""
+
+    student: Path
+    teacher: Path
+    teacher_config: llm.GPTConfig = field(repr=False)
+
+
+class DistillationBatch(NamedTuple):
+    """What act three corrects: one micro-batch, read by the teacher."""
+
+    micro_batch: MicroBatch
+    teacher_hidden: list[Tensor] | None  # `Teacher.read`; on the last pipeline stage only
+    loss_weight: float  # turns the sum over this micro-batch's sequences into Megatron's share of the global mean
+
+
+class TSDKDModel(llm.GPTModel):
+    """Student of a TSD-KD run. Only the student is a module; the teacher hangs beside it (`teacher.Teacher`).
+
+    Args:
+        config: NeMo GPT config of the student; the strategy sets its parallel sizes.
+        run: the whole training configuration.
+        checkpoints: where both models' weights come from.
+        vocabulary: that of the tokenizer, which both models share.
+        optim: NeMo optimizer module.
+        resumes: the student's weights come from a checkpoint of the run, which NeMo's trainer loads.
+    """
+
+    def __init__(
+        self,
+        config: llm.GPTConfig,
+        run: TrainConfig,
+        checkpoints: Checkpoints,
+        vocabulary: Vocabulary,
+        optim: Any = None,
+        resumes: bool = False,
+    ) -> None:
+        super().__init__(config, optim=optim)
+        self.run = run
+        self.checkpoints = checkpoints
+        self.vocabulary = vocabulary
+        self.resumes = resumes
+        self._responses: list[Response] = []
+        self._writers: ProcessGroup | None = None
+        self._loss_reduction = TSDKDLoss(self.loss)
+
+    def configure_model(self, vp_stage: int | None = None) -> None:
+        """Build this rank's shards of both models and read their weights; called by NeMo once the ranks have met."""
+        if hasattr(self, "module"):
+            return
+        super().configure_model(vp_stage)
+        if not self.resumes:
+            load_weights(self.module, self.checkpoints.student)
+        self.teacher = Teacher(self.checkpoints.teacher_config, self.checkpoints.teacher, self.run.teacher)
+        self._writers = patient_group()
+        rows = self.run.global_batch_size // self.run.data_parallel_size
+        logger.info(
+            "teacher: a step keeps at most %.1f MiB of hidden states on the %s of each last-stage rank.",
+            self.teacher.bytes_per_token * rows * self.run.data.seq_length / 2**20,
+            "host" if self.run.teacher.offload == "cpu" else "device",
+        )
+
+    # Act one: the student writes, or the data speak.
+    def respond(self, samples: Sequence[Sample], step: int) -> list[Response]:
+        """Responses to this data-parallel rank's share of a global batch, equal on its TP x PP ranks.
+
+        With `rollout.reuse: n`, the answers of step `s` serve the steps up to `s + n - 1`.
+        """
+        rollout = self.run.rollout
+        first = step - step % rollout.reuse
+        if not on_policy(self.run.seed, first, rollout.lmbda):
+            return [Response(s.response_ids, truncated=not self.vocabulary.ends(s.response_ids)) for s in samples]
+        if step == first:
+            self._responses = self._write(samples, first)
+        return self._responses
+
+    def _write(self, samples: Sequence[Sample], step: int) -> list[Response]:
+        """The student answers. Context-parallel ranks share the samples out and then hold all the answers: each
+        decoding all of them would be the same work done twice, and a near-tie could part them."""
+        cp_group = parallel_state.get_context_parallel_group()
+        mine = samples[cp_group.rank() :: cp_group.size()]
+        written = generate(
+            unwrap(self.module),
+            [sample.prompt_ids for sample in mine],
+            config=self.run.rollout,
+            sample_ids=[sample.index for sample in mine],
+            seed=self.run.seed,
+            step=step,
+            vocabulary=self.vocabulary,
+            max_length=self.run.data.seq_length,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        dist.barrier(self._writers)  # the longest responses may take another rank far beyond NCCL's timeout
+        parts: list[Any] = [None] * cp_group.size()
+        dist.all_gather_object(parts, written, group=cp_group)
+        return interleave(parts)
+
+    # Act two: the teacher reads.
+    def read(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[DistillationBatch]:
+        """Micro-batches of prompts and responses; on the last stage each comes with the teacher's hidden states.
+
+        Raises:
+            ValueError: no sequence of the global batch has a response token.
+        """
+        micro_batches = make_micro_batches(
+            samples,
+            [response.token_ids for response in responses],
+            micro_batch_size=self.run.micro_batch_size,
+            pad_id=self.vocabulary.pad_id,
+            pad_to_multiple=pad_to_multiple(self.run, torch.cuda.is_available()),
+            device=torch.cuda.current_device(),
+        )
+        weight = len(micro_batches) / self._mean_sequences(micro_batches)
+        micro_batches = [context_parallel_slice(batch) for batch in micro_batches]
+        hidden = self.teacher.read(micro_batches) or [None] * len(micro_batches)
+        return [DistillationBatch(batch, part, weight) for batch, part in zip(micro_batches, hidden, strict=True)]
+
+    def _mean_sequences(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """Sequences with a response in the global batch, per data-parallel rank: the loss is their mean, while
+        Megatron averages over micro-batches and data-parallel ranks, which may hold unequal numbers of them."""
+        count = torch.stack([batch["response_mask"].any(1).sum() for batch in micro_batches]).sum()
+        group = parallel_state.get_data_parallel_group()
+        dist.all_reduce(count, group=group)
+        if count == 0:
+            raise ValueError("a global batch holds no response token: nothing to learn from. Look at data.path.")
+        return count.item() / group.size()
+
+    # Act three: the student is corrected. Megatron's schedule calls these for each micro-batch.
+    def data_step(self, batches: Iterator[DistillationBatch]) -> DistillationBatch:
+        return next(batches)
+
+    def forward_step(self, batch: DistillationBatch) -> Tensor:
+        """This stage's output; on the last stage the student's final hidden states `[S (/TP), B, H]`."""
+        tokens, position_ids = batch.micro_batch["tokens"], batch.micro_batch["position_ids"]
+        with hidden_states_only(self.module):
+            return self(tokens, position_ids)  # without a mask, attention is causal
+
+    def loss(self, batch: DistillationBatch, hidden: Tensor) -> ObjectiveOutput:
+        """The objective on one micro-batch, from the final hidden states of both models and their heads."""
+        student, config = unwrap(self.module), self.run.objective
+        teacher_hidden = self.teacher.dense(batch.micro_batch, batch.teacher_hidden)
+        common: dict[str, Any] = {
+            "vocab_size": self.vocabulary.size,
+            "tp_group": parallel_state.get_tensor_model_parallel_group(),
+            "cp_group": parallel_state.get_context_parallel_group(),
+        }
+        mask = batch.micro_batch["response_mask"].t()
+        if config.head == "fused":
+            weight = head_weight(student)
+            return tsdkd_loss_from_hidden(
+                hidden.to(weight.dtype),
+                weight,
+                teacher_hidden,
+                self.teacher.head_weight,
+                mask,
+                config,
+                sequence_parallel=self.config.sequence_parallel,
+                **common,
+            )
+        with torch.no_grad():
+            teacher_logits = vocab_parallel_logits(self.teacher.module, teacher_hidden)
+        student_logits = vocab_parallel_logits(student, hidden)
+        # Nobody else reads them, and a linear layer's backward needs no output: the gradient may take their place.
+        return tsdkd_loss(student_logits, teacher_logits, mask, config, overwrite_student_logits=True, **common)
+
+    @property
+    def training_loss_reduction(self) -> MegatronLossReduction:
+        return self._loss_reduction
+
+
+class TSDKDLoss(MegatronLossReduction):
+    """Hands the objective to Megatron's schedule and adds up what it reports."""
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self._loss = loss
+
+    def forward(self, batch: DistillationBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        out = self._loss(batch, hidden)
+        # Cloned: Megatron divides the loss in place.
+        report = {"loss": out.loss_sum.detach().clone(), "num_sequences": out.num_sequences, **out.metrics}
+        return out.loss_sum * batch.loss_weight, report
+
+    def reduce(self, reports: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What the objective reports of each of this rank's micro-batches, stacked to `[num_microbatches]`."""
+        return {name: torch.stack([report[name] for report in reports]) for name in reports[0]}

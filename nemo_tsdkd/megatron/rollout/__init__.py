@@ -1,0 +1,1 @@
+"""Cached decoding with Megatron's layers, and the responses written with it."""

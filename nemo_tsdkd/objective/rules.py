@@ -1,0 +1,80 @@
+"""Which tokens each term trains: small rules, by name in one registry. To add one: CONTRIBUTING.md. Equations are
+numbered as in docs/math.md.
+
+A rule takes the response tokens of whole sequences and the config, and returns one value per token:
+a boolean choice (the term is the mean over the chosen tokens of a sequence) or a weight (the term is the weighted
+mean over all of the sequence's response). `objective.opener_rule`, `entropy_rule` and `gate_rule` name the rules of
+the indirect, the entropy and the direct term; any rule serves in any place.
+
+Rules see entropies that are bit-equal on all tensor-parallel ranks and return the same choice on each, in any layout:
+sums that are compared are taken in integers, and ties go to the earlier position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nemo_tsdkd.config.schema import ObjectiveConfig
+from nemo_tsdkd.objective.tokens import Tokens, fixed_point
+
+Rule = Callable[[Tokens, ObjectiveConfig], Tensor]
+RULES: dict[str, Rule] = {}
+
+
+def rule(name: str) -> Callable[[Rule], Rule]:
+    """Register a selection rule under the name that the config uses."""
+
+    def register(function: Rule) -> Rule:
+        if name in RULES:
+            raise ValueError(f"selection rule {name!r} is registered twice. Choose another name.")
+        RULES[name] = function
+        return function
+
+    return register
+
+
+def check_rules(config: ObjectiveConfig) -> None:
+    """Raise ValueError when the config names a rule that is not registered."""
+    for field in ("opener_rule", "entropy_rule", "gate_rule"):
+        name = getattr(config, field)
+        if name not in RULES:
+            raise ValueError(
+                f"objective.{field} = {name!r}: must be one of {', '.join(sorted(RULES))}. "
+                "Choose one of these, or register the rule (CONTRIBUTING.md)."
+            )
+
+
+@rule("cumulative_entropy")
+def cumulative_entropy(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
+    """The opener (eq. 6): the shortest prefix that holds the share `threshold` of the response's student entropy."""
+    entropy = fixed_point(tokens.student_entropy)
+    # Half a unit less, for a product of floats may exceed the exact share: 7 % of 100 equal entropies are 7, not 8.
+    return tokens.is_first | (tokens.before(entropy) < config.threshold * tokens.total(entropy).double() - 0.5)
+
+
+@rule("top_fraction")
+def top_fraction(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
+    """The `ceil(entropy_fraction * L)` tokens of each response with the largest student entropy (eq. 7)."""
+    order = tokens.student_entropy.sort(dim=0, descending=True, stable=True).indices
+    order = order[tokens.sequence[order].sort(dim=0, stable=True).indices]
+    place = torch.arange(len(order), device=order.device) - tokens.first
+    length = tokens.last - tokens.first + 1
+    chosen = torch.empty_like(tokens.response)
+    # Less 1e-9: as floats 0.07 * 100 is more than 7, and its ceiling 8.
+    chosen[order] = place < torch.ceil(config.entropy_fraction * length.double() - 1e-9)
+    return chosen
+
+
+@rule("confidence")
+def confidence(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
+    """The gate (eq. 5): near 1 where the teacher is surer than the student, near 0 where the student is."""
+    return torch.sigmoid((tokens.student_entropy - tokens.teacher_entropy) / config.gate_temperature)
+
+
+@rule("identity")
+def identity(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
+    """Every response token."""
+    return torch.ones_like(tokens.response)

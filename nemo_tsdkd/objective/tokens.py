@@ -1,0 +1,53 @@
+"""The tokens of whole sequences, as selection rules see them, and sums over them that are exact in any order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of whole sequences, in order of (sequence, position); all fields [n]."""
+
+    student_entropy: Tensor  # nats
+    teacher_entropy: Tensor
+    sequence: Tensor  # int64, ascending
+    position: Tensor  # int64, place in the sequence, prompt included
+    response: Tensor  # bool
+
+    @cached_property
+    def first(self) -> Tensor:
+        """Index of the first token of each token's sequence."""
+        return torch.searchsorted(self.sequence, self.sequence)
+
+    @cached_property
+    def is_first(self) -> Tensor:
+        return self.first == torch.arange(len(self.first), device=self.first.device)
+
+    @cached_property
+    def last(self) -> Tensor:
+        return torch.searchsorted(self.sequence, self.sequence, right=True) - 1
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of integers (or booleans) over each token's own sequence, exact in any order."""
+        running = values.long().cumsum(0)
+        return (running - running[self.first] + values.long()[self.first])[self.last]
+
+    @property
+    def num_sequences(self) -> Tensor:
+        """How many sequences have a response: int64 scalar."""
+        return (self.is_first & (self.total(self.response) > 0)).sum()
+
+    def before(self, values: Tensor) -> Tensor:
+        """Sum of integers over the tokens that precede each one in its sequence."""
+        running = values.cumsum(0) - values
+        return running - running[self.first]
+
+
+def fixed_point(entropy: Tensor) -> Tensor:
+    """Nats [n] as integers whose sum is the same in every order and layout; 2^-32 nats is below fp32's error."""
+    return (entropy.double() * 2.0**32).round().long()

@@ -1,0 +1,87 @@
+"""The weight that each token has in each term, under the paper's arithmetic or the public trainer's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from nemo_tsdkd.config.schema import ObjectiveConfig
+from nemo_tsdkd.objective.rules import RULES, confidence
+from nemo_tsdkd.objective.tokens import Tokens, fixed_point
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """The weight of each token in the sum over sequences of each term's mean; all fields [n]."""
+
+    direct: Tensor
+    indirect: Tensor
+    entropy: Tensor
+    gate: Tensor  # the gate over the response's length, for the metrics
+    response: Tensor  # 1 / response length
+    opener: Tensor  # 1 / opener length in the opener, else 0
+
+    def stack(self) -> Tensor:
+        return torch.stack([getattr(self, field.name) for field in fields(self)])
+
+
+def token_weights(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
+    """Weights under a resolved config (`ObjectiveConfig.resolved`) whose rules are registered (`check_rules`)."""
+    return _reference(tokens, config) if config.preset == "reference" else _per_sequence(tokens, config)
+
+
+def _mean(tokens: Tokens, value: Tensor) -> Tensor:
+    """A rule's value as weights of a mean within each sequence (rules.py states the two kinds)."""
+    over = tokens.total(value if value.dtype == torch.bool else tokens.response)
+    return value.to(tokens.student_entropy.dtype) / over.clamp(min=1)
+
+
+def _per_sequence(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
+    gate = RULES[config.gate_rule](tokens, config)
+    opener = RULES[config.opener_rule](tokens, config)
+    uncertain = RULES[config.entropy_rule](tokens, config)
+    response = _mean(tokens, tokens.response)
+    return TokenWeights(
+        direct=_mean(tokens, gate),
+        indirect=_mean(tokens, opener),
+        entropy=_mean(tokens, uncertain),
+        gate=gate.to(tokens.student_entropy.dtype) * response,
+        response=response,
+        opener=_mean(tokens, opener != 0),
+    )
+
+
+def _reference(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
+    """The public trainer's arithmetic (docs/math.md): one mean over the call's tokens, one opener column for all rows.
+
+    Here `tokens` are all positions of the call, since the public entropy term trains the padding too: every row from
+    its first response position to the length of the longest response. Its means do depend on how a batch is cut into
+    calls; times the number of sequences they add up like the paper's.
+    """
+    response, entropy = tokens.response, tokens.student_entropy
+    h = entropy[response]
+    running = fixed_point(h).cumsum(0)
+    opener_columns = (running < config.threshold * running[-1:].double()).sum()
+    # The public trainer cuts its prompts off first: its column 0 is the row's first response position.
+    begins = response & (tokens.before(response.long()) == 0)
+    column = tokens.position - tokens.total(torch.where(begins, tokens.position, 0))
+    opener = response & (column < opener_columns)
+    uncertain = response
+    if len(h):
+        inside = (column >= 0) & (column <= column[response].max())
+        uncertain = inside & (entropy >= torch.quantile(h, config.threshold))
+    gate = confidence(tokens, config) * response
+
+    def mean(chosen: Tensor, value: Tensor) -> Tensor:
+        return value * tokens.num_sequences / chosen.sum().clamp(min=1)
+
+    return TokenWeights(
+        direct=mean(response, gate),
+        indirect=mean(opener, opener.to(entropy.dtype)),
+        entropy=mean(uncertain, uncertain.to(entropy.dtype)),
+        gate=gate / tokens.total(response).clamp(min=1),
+        response=_mean(tokens, response),
+        opener=_mean(tokens, opener),
+    )

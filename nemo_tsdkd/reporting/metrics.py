@@ -1,0 +1,134 @@
+"""What a run leaves for its user: metrics.jsonl, TensorBoard, a progress bar, plots, summary and provenance."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from nemo_tsdkd.checkpoints.atomic import write_json, write_whole
+
+matplotlib.use("Agg")  # compute nodes have no display
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+# figure -> (unit of its y axis, metrics drawn into it)
+PLOTS = {
+    "loss": ("nats", ("loss", "direct", "indirect", "entropy")),
+    "entropy": ("nats per token", ("student_entropy", "teacher_entropy")),
+    "selection": ("share", ("gate_mean", "opener_fraction", "rank_agreement")),
+    "time": ("seconds per step", ("rollout_s", "teacher_s", "student_s")),
+}
+# What every step reports; a step may report more.
+REQUIRED = (
+    *(key for _, keys in PLOTS.values() for key in keys),
+    *("grad_norm", "lr", "response_tokens", "tokens_per_s"),
+)
+
+
+class RunWriter:
+    """Writes one run's metrics. Lives on rank 0 only.
+
+    `resume_step` is the last step that the loaded checkpoint holds (0 for a new run): what an interrupted attempt
+    wrote beyond it is dropped, so that the file of a resumed run reads like that of an uninterrupted one.
+    """
+
+    def __init__(self, run_dir: str | Path, total_steps: int, progress: bool = True, resume_step: int = 0) -> None:
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = self.run_dir / "metrics.jsonl"
+        _keep_until(self.path, resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=resume_step + 1)
+        self._display = _Display(total_steps, resume_step) if progress else None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Record one step's metrics (plain numbers).
+
+        Raises:
+            ValueError: a metric of REQUIRED is missing, or one is NaN or infinite (strict JSON has neither).
+        """
+        if missing := [key for key in REQUIRED if key not in values]:
+            raise ValueError(f"step {step} reports no {', '.join(missing)}.")
+        for key, value in values.items():
+            if not math.isfinite(value):
+                raise ValueError(f"step {step}: {key} = {value}: not finite. Lower optim.lr or look at the data.")
+        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        self._file.flush()
+        for key, value in values.items():
+            self._tensorboard.add_scalar(key, value, step)
+        if self._display:
+            self._display.show(step, values)
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """End the run: write summary.json and one PNG for each entry of PLOTS."""
+        self._file.close()
+        self._tensorboard.close()
+        if self._display:
+            self._display.close()
+        write_json(self.run_dir / "summary.json", summary)
+        _plot(self.path, self.run_dir)
+
+
+class _Display:
+    """A progress bar on a terminal; one line a step in a log file."""
+
+    def __init__(self, total_steps: int, done: int) -> None:
+        self.total_steps, self.first, self.start = total_steps, done, time.monotonic()
+        self.console = Console(stderr=True)
+        columns = ("loss {task.fields[loss]:.4f}", "{task.fields[speed]:,.0f} tokens/s", "ETA {task.fields[eta]}")
+        self.bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            *map(TextColumn, columns),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("train", total=total_steps, completed=done, loss=math.nan, speed=0, eta="-")
+        self.bar.start()
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        seconds = (time.monotonic() - self.start) / (step - self.first) * (self.total_steps - step)
+        eta = str(timedelta(seconds=round(seconds)))
+        loss, speed = values["loss"], values["tokens_per_s"]
+        self.bar.update(self.task, completed=step, loss=loss, speed=speed, eta=eta)
+        if not self.console.is_terminal:
+            line = f"step {step}/{self.total_steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  ETA {eta}"
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self.bar.stop()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """The steps of a metrics.jsonl in file order, without the half line that a killed writer leaves."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _keep_until(path: Path, step: int) -> None:
+    if path.exists():
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        write_whole(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept).encode())
+
+
+def _plot(metrics: Path, folder: Path) -> None:
+    rows = read_metrics(metrics)
+    for name, (unit, keys) in PLOTS.items():
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        for key in keys:
+            axes.plot([row["step"] for row in rows], [row[key] for row in rows], label=key)
+        axes.set(xlabel="step", ylabel=unit, title=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend()
+        figure.savefig(folder / f"{name}.png", dpi=120)
+        plt.close(figure)

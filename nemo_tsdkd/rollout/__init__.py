@@ -1,0 +1,1 @@
+"""Who decodes when, and which tokens are drawn: no model in here."""

@@ -1,0 +1,142 @@
+"""Draws tokens from vocabulary-sharded logits: exact, without gathering the vocabulary, the same at any layout.
+
+A token is drawn by the Gumbel-max rule: `argmax_v (z_v / temperature + g_v)` with independent Gumbel noise `g_v` is a
+sample of the softmax. Each tensor-parallel rank takes the maximum of its own shard, so ranks exchange one pair
+(score, token) per sequence. The noise is a function of the counters (seed, step, sample, position, token) and not of
+a generator's state: neither the layout nor the batch a sequence happens to share changes what it says.
+
+Shapes: `B` sequences, `V_local` this rank's columns of the padded vocabulary. Without a `tp_group`, or with one of a
+single rank, the vocabulary is whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ReduceOp
+
+from nemo_tsdkd.distributed.vocab_parallel import Group, all_gather, all_reduce, group_rank
+
+# SplitMix64 (Steele, Lea, Flood 2014), written as the signed integers torch computes with: products wrap around.
+_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+_ROOT = 0x6A09E667F3BCC908  # key of the empty counter
+_ON_POLICY = -1  # stands where a sample id would, and none is negative
+
+
+def _xor_shift(x: Tensor, bits: int) -> Tensor:
+    """x ^= x >> bits, in place, with a logical shift: torch's own repeats the sign."""
+    return x.bitwise_xor_((x >> bits).bitwise_and_((1 << (64 - bits)) - 1))
+
+
+def fold(key: Tensor, counter: Tensor | int) -> Tensor:
+    """64 hashed bits of (key, counter), broadcast over both: a key for the next counter, or noise. All int64."""
+    x = key + (torch.as_tensor(counter, dtype=torch.int64, device=key.device) + 1) * _GAMMA
+    x = _xor_shift(x, 30).mul_(_MIX_1)
+    x = _xor_shift(x, 27).mul_(_MIX_2)
+    return _xor_shift(x, 31)
+
+
+def step_key(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
+    """The key (int64 scalar) below which all noise of one step lies."""
+    root = torch.tensor(_ROOT, dtype=torch.int64, device=device)
+    return fold(fold(root, seed), step)
+
+
+def uniform(bits: Tensor) -> Tensor:
+    """fp32 in (0, 1), fine-grained (2^-63) near 0, where the winners of Gumbel-max are decided."""
+    return (bits & (2**63 - 1)).float().mul_(2.0**-63).clamp_(2.0**-64, 1 - 2.0**-24)
+
+
+def gumbel(keys: Tensor, token_ids: Tensor) -> Tensor:
+    """Gumbel(0, 1) noise [B, N] fp32 for keys [B] and the token ids [N] or [B, N]: -log(-log(1 - u))."""
+    return uniform(fold(keys[:, None], token_ids)).neg_().log1p_().neg_().log_().neg_()
+
+
+def on_policy(seed: int, step: int, lmbda: float) -> bool:
+    """Whether the student writes the batch of `step`: true with chance `lmbda`, the same on every rank and run."""
+    return uniform(fold(step_key(seed, step), _ON_POLICY)).item() < lmbda
+
+
+def vocab_parallel_argmax(scores: Tensor, token_ids: Tensor, tp_group: Group = None) -> Tensor:
+    """Token ids [B] of the largest scores [B, N], whose columns are the tokens [N]; ties go to the lower token id."""
+    best, column = scores.max(dim=-1)  # the first of equals
+    pairs = all_gather(torch.stack((best.double(), token_ids[column].double())), tp_group)  # [TP, 2, B]
+    winner = pairs[:, 0].argmax(dim=0, keepdim=True)
+    return pairs[:, 1].gather(0, winner)[0].long()
+
+
+def keep_top_k(scores: Tensor, top_k: int, tp_group: Group = None) -> Tensor:
+    """Scores [B, V_local] below the `top_k`-th largest of the whole vocabulary set to -inf; ties with it all stay."""
+    candidates = scores.topk(min(top_k, scores.shape[-1])).values
+    candidates = all_gather(candidates, tp_group).transpose(0, 1).flatten(1)  # [B, TP * k]
+    threshold = candidates.topk(min(top_k, candidates.shape[-1])).values[:, -1:]
+    return scores.masked_fill(scores < threshold, -torch.inf)
+
+
+def keep_top_p(scores: Tensor, top_p: float, tp_group: Group = None) -> Tensor:
+    """The nucleus: a token stays if all strictly likelier ones together hold less than `top_p`, else it is -inf.
+
+    The threshold is found by radix selection on the scores' 32 bits: four rounds each sum the probability in 256
+    buckets and descend into the one where the mass, counted from the top, passes `top_p`. Ranks exchange
+    [B, 256] sums, whatever the size of the nucleus.
+    """
+    peak = all_reduce(scores.max(dim=-1, keepdim=True).values, ReduceOp.MAX, tp_group)
+    mass = (scores - peak).exp().double()
+    bits = (scores.float() + 0.0).view(torch.int32).long()  # + 0.0: -0.0 and 0.0 are one score
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + 2**31  # unsigned, in the scores' order
+    prefix = torch.zeros_like(order[:, :1])
+    above = torch.zeros_like(mass[:, :1])  # mass of the tokens above the bucket descended into
+    target = None
+    for shift in (24, 16, 8, 0):
+        inside = mass.masked_fill(order >> (shift + 8) != prefix, 0.0)
+        buckets = mass.new_zeros(mass.shape[0], 256).scatter_add_(1, (order >> shift) & 255, inside)
+        buckets = all_reduce(buckets, ReduceOp.SUM, tp_group)
+        if target is None:
+            target = top_p * buckets.sum(dim=-1, keepdim=True)
+        over = above + buckets.flip(-1).cumsum(-1).flip(-1) - buckets  # mass over each bucket, falling from 0 to 255
+        digit = (over >= target).sum(dim=-1, keepdim=True).clamp_(max=255)
+        above = over.gather(1, digit)
+        prefix = (prefix << 8) | digit
+    return scores.masked_fill(order < prefix, -torch.inf)
+
+
+@torch.no_grad()
+def sample(
+    logits: Tensor,
+    keys: Tensor,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    vocab_size: int,
+    tp_group: Group = None,
+) -> Tensor:
+    """Draw one token per sequence from vocab-parallel logits; every rank of `tp_group` gets the same tokens.
+
+    Args:
+        logits: [B, V_local], columns `rank * V_local` onwards of the padded vocabulary, any float dtype.
+        keys: [B] int64, one per (sequence, position), from `fold`.
+        temperature: divides the logits; 0 takes the largest logit, ties to the lower token id.
+        top_k: keep the k largest logits (0: all). Applied before `top_p`, as Hugging Face's generate does.
+        top_p: keep the likeliest tokens up to this mass (1: all).
+        vocab_size: columns from here on are padding and never drawn.
+
+    Returns:
+        Token ids [B], int64.
+    """
+    # As many columns on every rank, which exchange some; what lies beyond `vocab_size` in all of them costs nothing.
+    scores = logits[:, :vocab_size].float()
+    first = group_rank(tp_group) * logits.shape[-1]
+    token_ids = torch.arange(first, first + scores.shape[-1], device=scores.device)
+    if first + scores.shape[-1] > vocab_size:
+        scores = scores.masked_fill(token_ids >= vocab_size, -torch.inf)
+    if temperature == 0:
+        return vocab_parallel_argmax(scores, token_ids, tp_group)
+    scores = scores / temperature
+    if 0 < top_k < vocab_size:
+        scores = keep_top_k(scores, top_k, tp_group)
+    if top_p < 1:
+        scores = keep_top_p(scores, top_p, tp_group)
+    return vocab_parallel_argmax(scores + gumbel(keys, token_ids), token_ids, tp_group)
