@@ -99,7 +99,7 @@ def describe(folder: Path, names: Sequence[str]) -> dict[str, dict[str, int | st
     return {n: {"size": s, "xxh3_128": d} for n, s, d in zip(names, sizes, digests(paths), strict=True)}
 
 
-def seal(folder: Path, entries: dict[str, dict[str, int | str]]) -> None:
+def write_manifest(folder: Path, entries: dict[str, dict[str, int | str]]) -> None:
     """Declare a checkpoint whole: the last act of saving it, on one rank."""
     for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder, folder.parent]:
         sync(path)
@@ -116,13 +116,13 @@ def make_room(run_dir: Path, step: int) -> None:
             remove(folder)
 
 
-def retain(run_dir: Path, sealed: int, keep_last: int, keep_every: int = 0) -> None:
-    """Remove all but the `keep_last` newest checkpoints up to the just `sealed` step, and each `keep_every`-th step's.
+def rotate(run_dir: Path, saved: int, keep_last: int, keep_every: int = 0) -> None:
+    """Remove all but the `keep_last` newest checkpoints up to the just `saved` step, and each `keep_every`-th step's.
 
     Those of later steps go too: they were found damaged, or the run would not have come from before them.
     """
     steps = _steps(run_dir)
-    whole = [folder for folder in steps if has_manifest(folder) and step_of(folder) <= sealed]
+    whole = [folder for folder in steps if has_manifest(folder) and step_of(folder) <= saved]
     kept = set(whole[-keep_last:]) | {f for f in whole if keep_every and step_of(f) % keep_every == 0}
     for folder in set(steps) - kept:
         remove(folder)

@@ -25,8 +25,8 @@ class Memory:
 
     student_weights_and_grads: int
     student_optimizer: int
-    teacher_weights: int  # without those that `teacher.park` brings back for the teacher's pass alone:
-    parked_weights: int
+    teacher_weights: int  # without those that `teacher.offload_weights` brings back for the teacher's pass alone:
+    offloaded_weights: int
     activations: int
     loss: int
     teacher_hidden: int
@@ -39,14 +39,14 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The three acts do not overlap: KV cache, parked weights and the update's tensors share the same room."""
+        """The three acts do not overlap: KV cache, offloaded weights and the update's tensors share the same room."""
         update = self.activations + self.loss + self.teacher_hidden
-        return self.resident + max(self.kv_cache, self.parked_weights + self.teacher_hidden, update) + RESERVE
+        return self.resident + max(self.kv_cache, self.offloaded_weights + self.teacher_hidden, update) + RESERVE
 
     @property
     def weights(self) -> int:
         """Weights, gradients and optimizer: what no smaller batch lowers."""
-        return self.resident + self.parked_weights
+        return self.resident + self.offloaded_weights
 
 
 def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Memory:
@@ -74,7 +74,7 @@ def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Me
     activations = student.layers // pp * in_flight * layer
 
     hidden = teacher_bytes * tokens * teacher.hidden // (tp if p.sequence_parallel else 1)
-    teacher_hidden = hidden * micro_batches if config.teacher.offload == "none" else hidden
+    teacher_hidden = hidden if config.teacher.offload_hidden_states else hidden * micro_batches
 
     slots = config.data.seq_length * config.rollout.batch_size if config.rollout.lmbda > 0 else 0
     kv_cache = 2 * student_bytes * slots * student.kv_width * (student.layers // pp) // tp
@@ -82,15 +82,15 @@ def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Me
     teacher_weights = teacher.params_per_gpu(tp, pp) * teacher_bytes
     if config.teacher.precision.startswith("fp8"):
         teacher_weights += teacher.layer_params_per_gpu(tp, pp) * FP8_TEACHER
-    head = teacher.padded_vocab(tp) // tp * teacher.hidden * teacher_bytes  # the loss needs it: never parked
-    parked = teacher_weights - head if config.teacher.park else 0
+    head = teacher.padded_vocab(tp) // tp * teacher.hidden * teacher_bytes  # the loss needs it: never offloaded
+    offloaded = teacher_weights - head if config.teacher.offload_weights else 0
     fp8_copies = student.layer_params_per_gpu(tp, pp) * FP8_STUDENT if config.precision.name.startswith("fp8") else 0
     shards = config.data_parallel_size * cp
     return Memory(
         student_weights_and_grads=params * (student_bytes + BYTES_GRAD) + fp8_copies,
         student_optimizer=params * BYTES_OPTIMIZER[student_bytes] // shards,
-        teacher_weights=teacher_weights - parked,
-        parked_weights=parked,
+        teacher_weights=teacher_weights - offloaded,
+        offloaded_weights=offloaded,
         activations=activations,
         loss=_loss(config, tokens, student, teacher, student_bytes, teacher_bytes),
         teacher_hidden=teacher_hidden,

@@ -93,8 +93,8 @@ class Preflight:
             self._try(lambda: canary.check_answers(hosts()), "shared folder")
             canary.remove()
         network = probes.Network(self.place, self.config.parallel.gpus_per_node)
-        patience = timedelta(seconds=2 * self.timeout)  # torch's own abort would come before our report
-        self._try(lambda: network.connect(self.store, patience), "meeting the other ranks")
+        long_timeout = timedelta(seconds=2 * self.timeout)  # torch's own abort would come before our report
+        self._try(lambda: network.connect(self.store, long_timeout), "meeting the other ranks")
         self._try(network.inside_node, "all-reduce inside the node")
         self._try(network.over_nodes, "all-reduce over all nodes")
         self._try(network.between_hosts, "all-reduce over gloo")

@@ -30,7 +30,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reverse_kl": {**_DIRECT_ONLY, "beta": 1.0},
 }
 HEADS = ("logits", "fused")
-OFFLOADS = ("none", "cpu")
 # What one tile of the objective holds by default: a CPU's cache keeps it; a GPU's launches cost little beside it.
 TILE_LOGITS = {"cpu": 2**19, "cuda": 2**23}
 MISSING = "???"  # a field the user must set
@@ -113,13 +112,12 @@ class ModelConfig:
 @dataclass
 class TeacherConfig(ModelConfig):
     micro_batch_size: int = 1  # rows of the teacher's forward-only pass
-    offload: str = "none"  # none | cpu: where its hidden states wait for the student
-    park: bool = False  # hold the teacher's weights on the host between passes
+    offload_hidden_states: bool = False  # keep them on the host until the student's pass needs them
+    offload_weights: bool = False  # keep its weights on the host between its passes
     precision: str = "bf16"  # bf16 | fp32 | fp8_tensorwise | fp8_blockwise
 
     def validate(self) -> None:
         validation.positive(self, "teacher.", "micro_batch_size")
-        validation.one_of("teacher.offload", self.offload, OFFLOADS)
 
 
 @dataclass
@@ -241,7 +239,7 @@ class CheckpointConfig:
     every_minutes: float = 30.0  # saves as well when so much time has passed: what a failure may cost at long steps
     keep_last: int = 2  # newest checkpoints kept
     keep_every: int = 0  # besides these, one each so many steps is kept for good; 0: none
-    async_save: bool = False  # write in the background while training goes on; not with teacher.offload = cpu
+    async_save: bool = False  # write in the background while training goes on; not with teacher.offload_hidden_states
 
     def validate(self) -> None:
         validation.positive(self, "checkpoint.", "every_n_steps", "every_minutes", "keep_last")
@@ -293,10 +291,10 @@ class TrainConfig:
         if batch:
             self._validate_batch()
         validation.require(
-            not self.checkpoint.async_save or self.teacher.offload == "none",
+            not self.checkpoint.async_save or not self.teacher.offload_hidden_states,
             "checkpoint.async_save",
             self.checkpoint.async_save,
-            "teacher.offload = cpu takes pinned memory every step, from under the writers of Megatron-core 0.15",
+            "teacher.offload_hidden_states pins memory every step, from under the writers of Megatron-core 0.15",
             "Turn off one of the two.",
         )
         validation.require(

@@ -86,7 +86,7 @@ class Shards:
         return self.folder / f"responses-{shard:05}.{self.format}"
 
 
-def unwritten(folder: Path) -> list[str]:
+def missing_files(folder: Path) -> list[str]:
     """Names of the files that an unfinished folder of responses lacks; none for a folder of other data."""
     path = folder / _SETTINGS
     settings = read_json(path) if path.exists() else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_tsdkd.config.schema import DataConfig
-from nemo_tsdkd.data.response_shards import unwritten
+from nemo_tsdkd.data.response_shards import missing_files
 
 
 def check_data(data: DataConfig) -> None:
@@ -18,7 +18,7 @@ def check_data(data: DataConfig) -> None:
                     f"data.{name} = {getattr(data, name)!r}: only a hub data set has one, and {data.path} is local. "
                     "Leave it out."
                 )
-        if path.is_dir() and (absent := unwritten(path)):
+        if path.is_dir() and (absent := missing_files(path)):
             raise ValueError(
                 f"data.path = {data.path!r}: `generate` has not ended, {len(absent)} files are missing ({absent[0]}). "
                 "Wait for its job, or submit it again: it goes on."

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from nemo_tsdkd.config.validation import is_users
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # as Megatron's own groups have
-PATIENCE = timedelta(days=1)
+LONG_TIMEOUT = timedelta(days=1)
 Result = TypeVar("Result")
 
 
@@ -37,9 +37,9 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def patient_group() -> ProcessGroup:
-    """A gloo group of all ranks in which a collective may take `PATIENCE`. Collective; destroyed with the world."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+def long_timeout_group() -> ProcessGroup:
+    """A gloo group of all ranks in which a collective may take `LONG_TIMEOUT`. Collective; destroyed with the world."""
+    return dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
 
 
 def rank_zero_first(work: Callable[[], Result]) -> Result:
@@ -61,7 +61,7 @@ def from_rank_zero(work: Callable[[], Result]) -> Result:
     """
     if not dist.is_initialized():
         return work()
-    group = patient_group()
+    group = long_timeout_group()
     outcome: list = [None, None, RuntimeError]
     cause = None
     if dist.get_rank() == 0:

@@ -21,7 +21,7 @@ from nemo_tsdkd.config.schema import TrainConfig
 from nemo_tsdkd.data.batch import MicroBatch, make_micro_batches
 from nemo_tsdkd.data.dataset import Sample
 from nemo_tsdkd.data.tokenizer import Vocabulary
-from nemo_tsdkd.distributed.groups import patient_group
+from nemo_tsdkd.distributed.groups import long_timeout_group
 from nemo_tsdkd.megatron.checkpoints.load import load_weights
 from nemo_tsdkd.megatron.gpt import (
     context_parallel_slice,
@@ -94,12 +94,12 @@ class TSDKDModel(llm.GPTModel):
         if not self.resumes:
             load_weights(self.module, self.checkpoints.student)
         self.teacher = Teacher(self.checkpoints.teacher_config, self.checkpoints.teacher, self.run.teacher)
-        self._writers = patient_group()
+        self._writers = long_timeout_group()
         rows = self.run.global_batch_size // self.run.data_parallel_size
         logger.info(
             "teacher: a step keeps at most %.1f MiB of hidden states on the %s of each last-stage rank.",
             self.teacher.bytes_per_token * rows * self.run.data.seq_length / 2**20,
-            "host" if self.run.teacher.offload == "cpu" else "device",
+            "host" if self.run.teacher.offload_hidden_states else "device",
         )
 
     # Act one: the student writes, or the data speak.

@@ -38,7 +38,7 @@ class Teacher:
         self.module = frozen_model(gpt_config, checkpoint)
         self.module.set_is_first_microbatch()  # FP8: quantize these weights, not what a cache remembers
         self.is_last_stage = self.module.post_process
-        self._parked = ParkedWeights(self.module) if config.park else None
+        self._offloaded = OffloadedWeights(self.module) if config.offload_weights else None
 
     @property
     def head_weight(self) -> Tensor:
@@ -57,10 +57,10 @@ class Teacher:
         """Final hidden states of the response positions, on the last stage; None on the others.
 
         Returns for each micro-batch the packed rows `[N, H]` of its parts (`_split`), on the device or, with
-        `offload: cpu`, on the host. `dense` lays them out again for one micro-batch at a time.
+        `offload_hidden_states`, on the host. `dense` lays them out again for one micro-batch at a time.
         """
-        if self._parked:
-            self._parked.restore()
+        if self._offloaded:
+            self._offloaded.restore()
         parts = [part for batch in micro_batches for part in self._split(batch)]
         with hidden_states_only(self.module):
             kept = get_forward_backward_func()(
@@ -73,8 +73,8 @@ class Teacher:
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-        if self._parked:
-            self._parked.park()
+        if self._offloaded:
+            self._offloaded.release()
         if not self.is_last_stage:
             return None
         rows = iter(kept)
@@ -106,12 +106,12 @@ class Teacher:
         def keep(output: Tensor, non_loss_data: bool = True) -> Tensor:
             """Megatron calls this on the last stage and collects what it returns."""
             rows = output[self._positions(part)]
-            return rows.to("cpu", non_blocking=True) if self.config.offload == "cpu" else rows
+            return rows.to("cpu", non_blocking=True) if self.config.offload_hidden_states else rows
 
         return hidden, keep
 
 
-class ParkedWeights:
+class OffloadedWeights:
     """Keeps a frozen module's weights on the host between passes, all but the head, which the loss needs."""
 
     def __init__(self, module: MCoreGPTModel) -> None:
@@ -119,9 +119,9 @@ class ParkedWeights:
         self._module = module
         self._parameters = [p for p in module.parameters() if p is not head]
         self._host = [p.data.to("cpu").pin_memory() for p in self._parameters]
-        self.park()
+        self.release()
 
-    def park(self) -> None:
+    def release(self) -> None:
         for parameter, host in zip(self._parameters, self._host, strict=True):
             parameter.data = host  # frees the device copy
         for part in self._module.modules():

@@ -23,7 +23,7 @@ from nemo_tsdkd.data.tokenizer import Vocabulary, check_same_tokenizer, load_tok
 from nemo_tsdkd.distributed.groups import process_group, rank_zero_first
 from nemo_tsdkd.megatron.callbacks import Report, SaveAndStop
 from nemo_tsdkd.megatron.checkpoints.load import gpt_config, resolve
-from nemo_tsdkd.megatron.checkpoints.save import checkpoint_to_resume, full_disk_named, mark_finished
+from nemo_tsdkd.megatron.checkpoints.save import checkpoint_to_resume, mark_finished, report_full_disk
 from nemo_tsdkd.megatron.datamodule import SampleModule
 from nemo_tsdkd.megatron.model import Checkpoints, TSDKDModel
 from nemo_tsdkd.megatron.strategy import TSDKDStrategy
@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> None:
             Report(run_dir, config.progress_bar),
             SaveAndStop(run_dir, model.checkpoints.student, config.checkpoint, config.rollout.reuse),
         ]
-        with full_disk_named(run_dir):
+        with report_full_disk(run_dir):
             build_trainer(config, callbacks).fit(model, datamodule=data, ckpt_path=checkpoint)
 
 

@@ -50,7 +50,7 @@ def test_five_steps_equal_those_of_one_process(layout, root, alone, tmp_path):
     compare(*ranks.run_ranks(run, world_size, config)[0], *alone)
 
 
-@pytest.mark.parametrize("change", ["micro_batch_size", "teacher_rows", "offload", "park"])
+@pytest.mark.parametrize("change", ["micro_batch_size", "teacher_rows", "offload_hidden_states", "offload_weights"])
 def test_how_a_batch_is_cut_and_kept_changes_nothing(change, root, alone, tmp_path):
     config = tiny_run.config(root, tmp_path, 1)
     match change:
@@ -58,10 +58,10 @@ def test_how_a_batch_is_cut_and_kept_changes_nothing(change, root, alone, tmp_pa
             config.micro_batch_size = 8
         case "teacher_rows":
             config.teacher.micro_batch_size = 2
-        case "offload":
-            config.teacher.offload = "cpu"
-        case "park":
-            config.teacher.park = True
+        case "offload_hidden_states":
+            config.teacher.offload_hidden_states = True
+        case "offload_weights":
+            config.teacher.offload_weights = True
     compare(*ranks.run_ranks(run, 1, config)[0], *alone)
 
 

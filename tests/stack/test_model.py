@@ -159,7 +159,7 @@ def shared_out() -> list[list[int]]:
 
     from megatron.core import parallel_state
 
-    from nemo_tsdkd.distributed.groups import patient_group
+    from nemo_tsdkd.distributed.groups import long_timeout_group
     from nemo_tsdkd.megatron import model
 
     def write(module, prompts, *, sample_ids, **_):
@@ -169,7 +169,7 @@ def shared_out() -> list[list[int]]:
     parallel_state.initialize_model_parallel(context_parallel_size=2)
     run = SimpleNamespace(rollout=None, seed=1, data=SimpleNamespace(seq_length=9))
     vocabulary = Vocabulary(9, 0, (1,))
-    student = SimpleNamespace(run=run, module=None, vocabulary=vocabulary, _writers=patient_group())
+    student = SimpleNamespace(run=run, module=None, vocabulary=vocabulary, _writers=long_timeout_group())
     samples = [Sample(i, [10 + i], []) for i in range(5)]
     with patch.object(model, "generate", write), patch.object(model, "unwrap"):
         return [response.token_ids for response in model.TSDKDModel._write(student, samples, 0)]

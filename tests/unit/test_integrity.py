@@ -19,20 +19,20 @@ from nemo_tsdkd.checkpoints.manifest import (
     has_manifest,
     make_room,
     newest_whole,
-    retain,
-    seal,
+    rotate,
     step_folder,
+    write_manifest,
 )
 
 
-def write(run_dir, step, sealed=True):
+def write(run_dir, step, whole=True):
     folder = step_folder(run_dir, step)
     (folder / "weights").mkdir(parents=True)
     for rank in range(3):
         (folder / "weights" / f"__{rank}_0.distcp").write_bytes(bytes([step, rank]) * 5000)
     (folder / "state.json").write_text(json.dumps({"step": step}))
-    if sealed:
-        seal(folder, describe(folder, contents(folder)))
+    if whole:
+        write_manifest(folder, describe(folder, contents(folder)))
     return folder
 
 
@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_log_says_why(kind, tmp_path
 
 
 def test_ranks_describe_disjoint_shares_of_all_files(tmp_path):
-    folder = write(tmp_path, 1, sealed=False)
+    folder = write(tmp_path, 1, whole=False)
     shares = [describe(folder, contents(folder)[rank::3]) for rank in range(3)]
     assert sum(len(share) for share in shares) == 4
     assert shares[0] | shares[1] | shares[2] == describe(folder, contents(folder))
@@ -95,28 +95,28 @@ def test_ranks_describe_disjoint_shares_of_all_files(tmp_path):
 def test_retention(tmp_path):
     for step in range(1, 9):
         write(tmp_path, step)
-    write(tmp_path, 10, sealed=False)  # a save that was killed
-    retain(tmp_path, 8, keep_last=2, keep_every=3)
+    write(tmp_path, 10, whole=False)  # a save that was killed
+    rotate(tmp_path, 8, keep_last=2, keep_every=3)
     assert names(tmp_path) == ["step_3", "step_6", "step_7", "step_8"]
 
 
 def test_retention_keeps_the_only_whole_one(tmp_path):
     write(tmp_path, 1)
-    write(tmp_path, 2, sealed=False)
-    retain(tmp_path, 1, keep_last=1)
+    write(tmp_path, 2, whole=False)
+    rotate(tmp_path, 1, keep_last=1)
     assert names(tmp_path) == ["step_1"]
 
 
-def test_retention_keeps_what_was_just_sealed_and_drops_the_damaged_one_it_came_from_before(tmp_path):
+def test_retention_keeps_what_was_just_saved_and_drops_the_damaged_one_it_came_from_before(tmp_path):
     write(tmp_path, 50), write(tmp_path, 100)
     (step_folder(tmp_path, 100) / "state.json").write_text("damaged")
     write(tmp_path, 73)  # resumed from 50, saved early
-    retain(tmp_path, 73, keep_last=1)
+    rotate(tmp_path, 73, keep_last=1)
     assert names(tmp_path) == ["step_73"] and newest_whole(tmp_path) == step_folder(tmp_path, 73)
 
 
 def test_room_is_made_of_what_killed_saves_left(tmp_path):
-    write(tmp_path, 50), write(tmp_path, 60, sealed=False), write(tmp_path, 70), write(tmp_path, 80, sealed=False)
+    write(tmp_path, 50), write(tmp_path, 60, whole=False), write(tmp_path, 70), write(tmp_path, 80, whole=False)
     make_room(tmp_path, 70)
     assert names(tmp_path) == ["step_50"]
 
@@ -138,38 +138,38 @@ def test_a_file_that_cannot_be_read_is_damage_not_the_end(tmp_path, monkeypatch)
 def test_a_removal_that_is_killed_leaves_nothing_that_counts(tmp_path, monkeypatch):
     write(tmp_path, 1), write(tmp_path, 2)
     monkeypatch.setattr(manifest.shutil, "rmtree", lambda folder: (folder / "state.json").unlink())
-    retain(tmp_path, 2, keep_last=1)
+    rotate(tmp_path, 2, keep_last=1)
     assert newest_whole(tmp_path) == step_folder(tmp_path, 2)
     assert find_damage(step_folder(tmp_path, 1)) == "it was not written to its end (no manifest)"
 
 
 def test_a_full_disk_while_sealing_leaves_the_older_checkpoint(tmp_path, monkeypatch):
-    older, newer = write(tmp_path, 1), write(tmp_path, 2, sealed=False)
+    older, newer = write(tmp_path, 1), write(tmp_path, 2, whole=False)
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(manifest, "sync", full)
     with pytest.raises(OSError, match="No space left"):
-        seal(newer, {})
+        write_manifest(newer, {})
     assert not has_manifest(newer) and newest_whole(tmp_path) == older
 
 
 SEALER = """
 import sys
 from pathlib import Path
-from nemo_tsdkd.checkpoints.manifest import contents, describe, seal, step_folder
+from nemo_tsdkd.checkpoints.manifest import contents, describe, write_manifest, step_folder
 for step in range(1, 100_000):
     folder = step_folder(Path(sys.argv[1]), step)
     (folder / "weights").mkdir(parents=True)
     for rank in range(8):
         (folder / "weights" / f"{rank}").write_bytes(bytes([step % 256]) * 100_000)
-    seal(folder, describe(folder, contents(folder)))
+    write_manifest(folder, describe(folder, contents(folder)))
     print(step, flush=True)
 """
 
 
-def test_killed_at_any_moment_the_newest_whole_is_the_last_or_one_just_sealed(tmp_path):
+def test_killed_at_any_moment_the_newest_whole_is_the_last_or_one_just_saved(tmp_path):
     for attempt in range(5):
         run_dir = tmp_path / str(attempt)
         with subprocess.Popen([sys.executable, "-c", SEALER, str(run_dir)], stdout=subprocess.PIPE) as process:

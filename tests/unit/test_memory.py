@@ -58,27 +58,27 @@ def test_a_pipeline_halves_the_weights_and_not_the_activations():
     assert piped.activations == flat.activations  # half the layers, two micro-batches in flight
 
 
-def test_sequence_parallelism_fused_head_parking_and_offloading_each_save_memory():
+def test_sequence_parallelism_fused_head_and_offloading_each_save_memory():
     base = config(4)
     base.data.seq_length = 16384  # over few tokens the fused head's own tensors outweigh the logits it spares
     base.parallel.sequence_parallel = False
     plain = per_gpu(base, QWEN2_5["7B"], QWEN2_5["32B"])
     base.parallel.sequence_parallel = True
-    base.objective.head, base.teacher.park, base.teacher.offload = "fused", True, "cpu"
+    base.objective.head, base.teacher.offload_weights, base.teacher.offload_hidden_states = "fused", True, True
     saving = per_gpu(base, QWEN2_5["7B"], QWEN2_5["32B"])
     assert saving.activations < plain.activations and saving.loss < plain.loss
     assert saving.teacher_hidden < plain.teacher_hidden
     head = 2 * 152576 // 4 * 5120
-    assert (saving.teacher_weights, saving.parked_weights) == (head, plain.teacher_weights - head)
+    assert (saving.teacher_weights, saving.offloaded_weights) == (head, plain.teacher_weights - head)
     assert saving.peak < plain.peak
 
 
-def test_parked_weights_count_while_the_teacher_reads():
+def test_offloaded_weights_count_while_the_teacher_reads():
     c = config(2)
     plain = per_gpu(c, QWEN2_5["1.5B"], QWEN2_5["72B"])
-    c.teacher.park = True
-    parked = per_gpu(c, QWEN2_5["1.5B"], QWEN2_5["72B"])
-    assert parked.weights == plain.weights and parked.peak > 68 * GIB
+    c.teacher.offload_weights = True
+    offloaded = per_gpu(c, QWEN2_5["1.5B"], QWEN2_5["72B"])
+    assert offloaded.weights == plain.weights and offloaded.peak > 68 * GIB
 
 
 @pytest.mark.parametrize(("which", "copies"), [("student", 2), ("teacher", 1)])

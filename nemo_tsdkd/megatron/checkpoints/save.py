@@ -32,9 +32,9 @@ from nemo_tsdkd.checkpoints.manifest import (
     first_whole,
     make_room,
     newest_first,
-    retain,
-    seal,
+    rotate,
     step_folder,
+    write_manifest,
 )
 from nemo_tsdkd.config.schema import CheckpointConfig
 from nemo_tsdkd.distributed.groups import from_rank_zero
@@ -89,7 +89,7 @@ def save(trainer: pl.Trainer, run_dir: Path, source: Path, config: CheckpointCon
 
 
 @contextmanager
-def full_disk_named(run_dir: Path) -> Iterator[None]:
+def report_full_disk(run_dir: Path) -> Iterator[None]:
     """Say so where the run's disk is full or over its quota: Megatron's writers report that in several ways, some
     without a word of it.
 
@@ -118,8 +118,8 @@ def _declare(run_dir: Path, step: int, config: CheckpointConfig) -> None:
     entries: list[Any] = [None] * world_size
     dist.all_gather_object(entries, describe(folder, names[rank::world_size]))
     if rank == 0:
-        seal(folder, {name: entry for part in entries for name, entry in part.items()})
-        retain(run_dir, step, config.keep_last, config.keep_every)
+        write_manifest(folder, {name: entry for part in entries for name, entry in part.items()})
+        rotate(run_dir, step, config.keep_last, config.keep_every)
         write_whole(run_dir / "last_step", f"{step}\n".encode())  # the job script sees progress by it
     dist.barrier()
 

@@ -20,7 +20,7 @@ from nemo_tsdkd.config.schema import ParallelConfig, TrainConfig
 from nemo_tsdkd.data.dataset import PromptDataset
 from nemo_tsdkd.data.response_shards import Shards
 from nemo_tsdkd.data.tokenizer import Vocabulary, load_tokenizer, response_text
-from nemo_tsdkd.distributed.groups import from_rank_zero, patient_group, process_group, rank_zero_first
+from nemo_tsdkd.distributed.groups import from_rank_zero, long_timeout_group, process_group, rank_zero_first
 from nemo_tsdkd.megatron.checkpoints.load import frozen_model, gpt_config, resolve
 from nemo_tsdkd.megatron.rollout.generation import generate
 from nemo_tsdkd.rollout.schedule import Response
@@ -57,7 +57,7 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
     vocabulary = Vocabulary.of(tokenizer, path)
     with process_group():
         prompts = rank_zero_first(lambda: PromptDataset.load(config.data, tokenizer))
-        everyone = patient_group()
+        everyone = long_timeout_group()
         copies = dist.get_world_size() // (tp * pp)
         # Rank 0 alone looks: on a network file system others may see shards later.
         shards.size, missing = from_rank_zero(lambda: _claim(shards, config, which, len(prompts), copies))
