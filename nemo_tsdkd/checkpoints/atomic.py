@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nemo_tsdkd.config.validation import UserError
+
 
 def write_whole(path: Path, content: bytes) -> None:
     """Put a file into its place at once and for good: readers, and crashes, leave the old content or the new."""
@@ -53,13 +55,13 @@ def sync(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; ValueError with the file's name where it is none."""
+    """The object in a JSON file; UserError with the file's name where it is none."""
     try:
         value = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}).") from error
+        raise UserError(f"{path}: not readable as JSON ({error}).") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds {type(value).__name__}, not a JSON object.")
+        raise UserError(f"{path}: holds {type(value).__name__}, not a JSON object.")
     return value
 
 

@@ -9,6 +9,7 @@ import xxhash
 
 from nemo_tsdkd.checkpoints.atomic import read_json
 from nemo_tsdkd.checkpoints.manifest import digests
+from nemo_tsdkd.config.validation import UserError
 
 # Where our NeMo checkpoints keep the source's config, tokenizer and chat template: NeMo copies a tokenizer's folder
 # into its context under the folder's own name.
@@ -32,33 +33,33 @@ def is_hf_folder(folder: Path) -> bool:
 
 
 def require_importable(folder: Path) -> None:
-    """Raise ValueError unless `folder` is a Hugging Face model that can be imported without running its code."""
+    """Raise UserError unless `folder` is a Hugging Face model that can be imported without running its code."""
     if not is_hf_folder(folder):
-        raise ValueError(f"{folder}: not a Hugging Face model, it has no config.json. Give the model's local folder.")
+        raise UserError(f"{folder}: not a Hugging Face model, it has no config.json. Give the model's local folder.")
     if not any(folder.glob("*.safetensors")):
         pickled = any(folder.glob("*.bin"))
         rule = "its weights are a pickle (.bin), which could run code" if pickled else "it has no .safetensors file"
         fix = 'AutoModelForCausalLM.from_pretrained("SOURCE").save_pretrained("OUTPUT")'
-        raise ValueError(f"{folder}: {rule}. Save it as safetensors where you trust the source: {fix}.")
+        raise UserError(f"{folder}: {rule}. Save it as safetensors where you trust the source: {fix}.")
     config = read_json(folder / "config.json")
     if "auto_map" in config:
-        raise ValueError(
+        raise UserError(
             f"{folder}/config.json: auto_map asks to run the folder's own code, which is never done. "
             "Give a model of transformers' own classes."
         )
     if config.get("model_type") not in ARCHITECTURES:
-        raise ValueError(
+        raise UserError(
             f"{folder}/config.json: model_type = {config.get('model_type')!r}: must be one of "
             f"{', '.join(ARCHITECTURES)}. Import other models with NeMo itself and give the NeMo checkpoint."
         )
     for name in _UNSUPPORTED:
         if config.get(name):
-            raise ValueError(
+            raise UserError(
                 f"{folder}/config.json: {name} = {config[name]!r}: must be false. Choose a model without it."
             )
     scaling = config.get("rope_scaling") or {}
     if scaling and (config["model_type"], scaling.get("rope_type")) != ("llama", "llama3"):
-        raise ValueError(
+        raise UserError(
             f"{folder}/config.json: rope_scaling = {scaling}: must be Llama's llama3 scaling or absent. "
             "Choose a model without it."
         )

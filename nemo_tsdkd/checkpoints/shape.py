@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nemo_tsdkd.checkpoints.atomic import read_json
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint
+from nemo_tsdkd.config.validation import UserError
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class ModelShape:
         """The shape of a Hugging Face folder, or of a NeMo checkpoint that keeps its source's config.json.
 
         Raises:
-            ValueError: no such file, or no such dimension in it.
+            UserError: no such file, or no such dimension in it.
         """
         path = Path(folder, HF_ASSETS if is_nemo_checkpoint(Path(folder)) else "", "config.json")
         try:
@@ -70,7 +71,7 @@ class ModelShape:
                 tied=c.get("tie_word_embeddings", False),
             )
         except KeyError as error:
-            raise ValueError(f"{path}: has no {error}, a model's dimension. Point at a Hugging Face folder.") from None
+            raise UserError(f"{path}: has no {error}, a model's dimension. Point at a Hugging Face folder.") from None
 
 
 QWEN2_5 = {

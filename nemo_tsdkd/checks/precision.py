@@ -13,6 +13,7 @@ from typing import Any
 
 from nemo_tsdkd.checkpoints.shape import ModelShape
 from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.validation import UserError
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def check_names(config: TrainConfig) -> None:
     """Refuse precisions that do not exist, and delayed scaling by its reason.
 
     Raises:
-        ValueError: naming the field, its value, the rule and the fix.
+        UserError: naming the field, its value, the rule and the fix.
     """
     _known("precision.name", config.precision.name)
     _known("teacher.precision", config.teacher.precision)
@@ -91,7 +92,7 @@ def check_shapes(config: TrainConfig, student: ModelShape, teacher: ModelShape) 
     """Refuse dimensions and token counts that the FP8 kernels of `config` cannot multiply; nothing for bf16 and fp32.
 
     Raises:
-        ValueError: naming the field, its value, the rule and the fix.
+        UserError: naming the field, its value, the rule and the fix.
     """
     tp = config.parallel.tensor_model_parallel_size
     for field, name, shape, rows in (
@@ -107,19 +108,19 @@ def check_shapes(config: TrainConfig, student: ModelShape, teacher: ModelShape) 
             ("MLP width on a rank", shape.ffn // tp),
         ):
             if width % WEIGHT_MULTIPLE:
-                raise ValueError(
+                raise UserError(
                     f"{field} = {name!r}: FP8 needs dimensions that are multiples of {WEIGHT_MULTIPLE}, but the "
                     f"{what} is {width} at TP {tp}. Lower parallel.tensor_model_parallel_size or use bf16."
                 )
         if name == "fp8_blockwise" and config.parallel.sequence_parallel and shape.hidden % BLOCK:
-            raise ValueError(
+            raise UserError(
                 f"{field} = {name!r}: sequence parallelism gathers blocks of {BLOCK}, but the hidden size is "
                 f"{shape.hidden}. Use fp8_tensorwise."
             )
         multiple = token_multiple(config, name)
         if config.data.seq_length * rows % multiple:
             step = multiple // math.gcd(multiple, rows)
-            raise ValueError(
+            raise UserError(
                 f"data.seq_length = {config.data.seq_length}: {name!r} in {field} needs the tokens of a micro-batch "
                 f"({rows} x seq_length) in multiples of {multiple}. Use {-(-config.data.seq_length // step) * step}."
             )
@@ -150,7 +151,7 @@ def check_engine(config: TrainConfig) -> None:
     """Refuse FP8, context and sequence parallelism where Transformer Engine, CUDA or the GPU cannot run them.
 
     Raises:
-        ValueError: naming the field, its value, the rule and the fix.
+        UserError: naming the field, its value, the rule and the fix.
     """
     import torch
 
@@ -164,16 +165,16 @@ def check_engine(config: TrainConfig) -> None:
         _require_engine(f"{field} = {name!r}", "Megatron would train bf16 without saying so", "bf16")
         cuda = tuple(int(n) for n in (torch.version.cuda or "0.0").split(".")[:2])
         if torch.cuda.get_device_capability() < (9, 0):
-            raise ValueError(f"{field} = {name!r}: needs a Hopper GPU (compute capability 9.0) or newer. Use bf16.")
+            raise UserError(f"{field} = {name!r}: needs a Hopper GPU (compute capability 9.0) or newer. Use bf16.")
         if name == "fp8_blockwise" and cuda < BLOCKWISE_CUDA:
-            raise ValueError(f"{field} = {name!r}: needs CUDA 12.9, found {torch.version.cuda}. Use fp8_tensorwise.")
+            raise UserError(f"{field} = {name!r}: needs CUDA 12.9, found {torch.version.cuda}. Use fp8_tensorwise.")
 
 
 def _require_engine(setting: str, why: str, instead: str) -> None:
     try:
         importlib.import_module("transformer_engine.pytorch")
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{setting}: needs Transformer Engine, which does not import ({error}); {why}. "
             f"Run in the NeMo container, or use {instead}."
         ) from None
@@ -185,4 +186,4 @@ def _known(field: str, name: str) -> None:
     why = "must be one of " + ", ".join(NAMES)
     if "delayed" in name:
         why = "delayed scaling is not offered: no layer could stay in bf16, and a frozen teacher's scales never update"
-    raise ValueError(f"{field} = {name!r}: {why}. Use fp8_tensorwise on Hopper, or bf16.")
+    raise UserError(f"{field} = {name!r}: {why}. Use fp8_tensorwise on Hopper, or bf16.")

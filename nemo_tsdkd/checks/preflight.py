@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     """Check every rank's place, print what is wrong and where, and exit as the module says.
 
     Raises:
-        ValueError: the configuration cannot be composed.
+        UserError: the configuration cannot be composed.
     """
     parser = argparse.ArgumentParser(prog="nemo-tsdkd preflight", description="Name the node that would spoil a job.")
     add_config_arguments(parser)

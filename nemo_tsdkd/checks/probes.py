@@ -13,6 +13,7 @@ from nemo_tsdkd.checkpoints.model_folder import is_nemo_checkpoint
 from nemo_tsdkd.checkpoints.shape import ModelShape
 from nemo_tsdkd.checks.memory import GIB, per_gpu
 from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.distributed.launch import Launch
 from nemo_tsdkd.reporting.provenance import version_of
 
@@ -23,42 +24,42 @@ PROBE_ELEMENTS = {"nccl": 2**24, "gloo": 2**16}  # fp32 elements of an all-reduc
 
 
 def check_versions() -> None:
-    """Raise ValueError unless the stack is one this package works with."""
+    """Raise UserError unless the stack is one this package works with."""
     for package, supported in SUPPORTED.items():
         if not version_of(package).startswith(supported):
-            raise ValueError(f"{package} is {version_of(package)}, but must be {supported}*: docs/cluster.md, step 1.")
+            raise UserError(f"{package} is {version_of(package)}, but must be {supported}*: docs/cluster.md, step 1.")
 
 
 def check_gpu(place: Launch, gpus_per_node: int, allow_cpu: bool) -> None:
-    """Raise ValueError unless this rank has a GPU of its own that nobody uses."""
+    """Raise UserError unless this rank has a GPU of its own that nobody uses."""
     import torch
 
     if not torch.cuda.is_available():
         if allow_cpu:
             return
-        raise ValueError("torch sees no CUDA device. Check nvidia-smi on the node; --allow-cpu trains on the CPU.")
+        raise UserError("torch sees no CUDA device. Check nvidia-smi on the node; --allow-cpu trains on the CPU.")
     if torch.cuda.device_count() < gpus_per_node:
-        raise ValueError(
+        raise UserError(
             f"{torch.cuda.device_count()} GPUs are visible, parallel.gpus_per_node is {gpus_per_node}. "
             "Ask for more or lower it: docs/cluster.md, settings."
         )
     free, total = torch.cuda.mem_get_info(place.local_rank)
     if total - free > BUSY:
-        raise ValueError(
+        raise UserError(
             f"GPU {place.local_rank} already has {(total - free) / GIB:.1f} GiB in use. "
             "Find the left-over process with nvidia-smi, or exclude the node with sbatch --exclude."
         )
 
 
 def check_gpu_memory(config: TrainConfig, shapes: dict[str, ModelShape]) -> None:
-    """Raise ValueError if the weights, gradients and optimizer states alone are larger than this rank's GPU."""
+    """Raise UserError if the weights, gradients and optimizer states alone are larger than this rank's GPU."""
     import torch
 
     if len(shapes) < 2 or not torch.cuda.is_available():
         return
     need, have = per_gpu(config, **shapes).weights, torch.cuda.mem_get_info()[1]
     if need > have:
-        raise ValueError(
+        raise UserError(
             f"weights, gradients and optimizer need {need / GIB:.1f} GiB a GPU, it has {have / GIB:.1f}. "
             "Raise TP or PP, or add nodes."
         )
@@ -68,13 +69,13 @@ def check_weights(folder: Path) -> None:
     """Open every weight file of a model folder far enough to see that it is whole; reads no tensor.
 
     Raises:
-        ValueError: a file is missing, empty or cut short.
+        UserError: a file is missing, empty or cut short.
     """
     again = "Download or import the model again."
     if is_nemo_checkpoint(folder):
         files = list((folder / "weights").glob("*.distcp"))
         if not files or any(path.stat().st_size == 0 for path in files):
-            raise ValueError(f"{folder / 'weights'}: .distcp files are missing or empty. {again}")
+            raise UserError(f"{folder / 'weights'}: .distcp files are missing or empty. {again}")
         return
     from safetensors import SafetensorError, safe_open
 
@@ -85,7 +86,7 @@ def check_weights(folder: Path) -> None:
             with safe_open(path, "numpy"):  # compares the file's size with its header
                 pass
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: {error}. {again}") from None
+            raise UserError(f"{path}: {error}. {again}") from None
 
 
 class Canary:
@@ -109,15 +110,15 @@ class Canary:
         elif self.place.local_rank == 0:
             token = self.store.get("canary").decode()
             if not _appears(self.folder / "canary", token, self.wait):
-                raise ValueError(f"{self.folder.parent}: rank 0's file is not seen. run_dir must be on a shared disk.")
+                raise UserError(f"{self.folder.parent}: rank 0's file is not seen. run_dir must be on a shared disk.")
             (self.folder / str(self.place.node)).write_text(token)
 
     def check_answers(self, nodes: list[str]) -> None:
-        """On rank 0, after every node has answered: raise ValueError naming the nodes whose file is not there."""
+        """On rank 0, after every node has answered: raise UserError naming the nodes whose file is not there."""
         token = (self.folder / "canary").read_text()
         blind = [name for i, name in enumerate(nodes) if i > 0 and not _appears(self.folder / str(i), token, self.wait)]
         if blind:
-            raise ValueError(f"{self.folder.parent}: files of {', '.join(blind)} are not seen. Check their mounts.")
+            raise UserError(f"{self.folder.parent}: files of {', '.join(blind)} are not seen. Check their mounts.")
 
     def remove(self) -> None:
         for path in self.folder.iterdir():
@@ -162,7 +163,7 @@ class Network:
         x = torch.ones(elements or self._elements, device=device or self._device)
         dist.all_reduce(x, group=group)
         if not bool((x == size).all()):
-            raise ValueError(f"an all-reduce of ones over {size} ranks gave {x.min().item()} to {x.max().item()}.")
+            raise UserError(f"an all-reduce of ones over {size} ranks gave {x.min().item()} to {x.max().item()}.")
 
 
 def _appears(path: Path, content: str, wait: float) -> bool:

@@ -11,6 +11,7 @@ from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint, r
 from nemo_tsdkd.checkpoints.shape import ModelShape
 from nemo_tsdkd.checks.precision import check_names, check_shapes
 from nemo_tsdkd.config.schema import ParallelConfig, TrainConfig
+from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.data.source import check_data
 
 
@@ -23,7 +24,7 @@ def check_setup(config: TrainConfig, batch: bool = True) -> dict[str, ModelShape
         batch: whether the ranks will share global batches.
 
     Raises:
-        ValueError: the first rule that does not hold, as field, value, rule and fix.
+        UserError: the first rule that does not hold, as field, value, rule and fix.
     """
     check_fields(config, batch)
     shapes = {}
@@ -39,7 +40,7 @@ def check_setup(config: TrainConfig, batch: bool = True) -> dict[str, ModelShape
 
 
 def check_fields(config: TrainConfig, batch: bool = True) -> None:
-    """The part of `check_setup` that reads no file. Raises ValueError as it does."""
+    """The part of `check_setup` that reads no file. Raises UserError as it does."""
     from nemo_tsdkd.objective import check_rules  # with torch, which this module's other users may do without
 
     config.validate(batch)
@@ -48,16 +49,16 @@ def check_fields(config: TrainConfig, batch: bool = True) -> None:
 
 
 def check_ranks(config: TrainConfig, started: int) -> None:
-    """Raise ValueError unless as many ranks were started as the layout has."""
+    """Raise UserError unless as many ranks were started as the layout has."""
     if started != config.parallel.world_size:
-        raise ValueError(
+        raise UserError(
             f"parallel.num_nodes x parallel.gpus_per_node = {config.parallel.world_size}: but {started} "
             "ranks were started. Start one for each, with srun or `torchrun --nproc-per-node N -m nemo_tsdkd train`."
         )
 
 
 def check_model_fits(shape: ModelShape, parallel: ParallelConfig, which: str) -> None:
-    """Raise ValueError unless a model can be cut into TP x PP equal parts.
+    """Raise UserError unless a model can be cut into TP x PP equal parts.
 
     Args:
         shape: its dimensions.
@@ -73,18 +74,18 @@ def check_model_fits(shape: ModelShape, parallel: ParallelConfig, which: str) ->
     ):
         if value % sizes[direction]:
             field = f"parallel.{direction}_model_parallel_size"
-            raise ValueError(
+            raise UserError(
                 f"{field} = {sizes[direction]}: must divide the {which}'s {name} = {value}. Choose a divisor of it."
             )
 
 
 def _require_model(which: str, path: Path) -> bool:
-    """Raise ValueError unless `path` is a model to read; else whether it keeps a config.json, as all do but NeMo
+    """Raise UserError unless `path` is a model to read; else whether it keeps a config.json, as all do but NeMo
     checkpoints from elsewhere."""
     if is_nemo_checkpoint(path):
         return (path / HF_ASSETS).is_dir()
     if not path.is_dir():
-        raise ValueError(
+        raise UserError(
             f"{which}.path = {str(path)!r}: no such folder. Give a local Hugging Face folder or a NeMo checkpoint."
         )
     require_importable(path)

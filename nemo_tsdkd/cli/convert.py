@@ -12,6 +12,7 @@ from pathlib import Path
 from nemo_tsdkd.checkpoints.atomic import appearing_folder
 from nemo_tsdkd.checkpoints.manifest import CHECKPOINTS, find_damage, has_manifest, newest_whole
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint, require_importable
+from nemo_tsdkd.config.validation import UserError
 
 
 def import_main(argv: Sequence[str] | None = None) -> None:
@@ -49,13 +50,13 @@ def _checkpoint_in(folder: Path) -> Path:
     """The checkpoint itself, or the newest whole one of a run folder. What a run wrote must be proven whole."""
     checkpoint = folder if is_nemo_checkpoint(folder) else newest_whole(folder)
     if checkpoint is None:
-        raise ValueError(f"--checkpoint = {folder}: no whole checkpoint in it. Give a run folder or a NeMo checkpoint.")
+        raise UserError(f"--checkpoint = {folder}: no whole checkpoint in it. Give a run folder or a NeMo checkpoint.")
     resolved = folder.resolve()
     of_a_run = has_manifest(folder) or (resolved.parent.name == CHECKPOINTS and resolved.name.startswith("step_"))
     if of_a_run and (damage := find_damage(folder)):
-        raise ValueError(f"--checkpoint = {folder}: {damage}. Choose another checkpoint of the run.")
+        raise UserError(f"--checkpoint = {folder}: {damage}. Choose another checkpoint of the run.")
     if not (checkpoint / HF_ASSETS).is_dir():
-        raise ValueError(
+        raise UserError(
             f"--checkpoint = {checkpoint}: not written by nemo-tsdkd. Export it with NeMo's llm.export_ckpt."
         )
     return checkpoint
@@ -63,4 +64,4 @@ def _checkpoint_in(folder: Path) -> Path:
 
 def _require_absent(output: Path) -> None:
     if output.exists():
-        raise ValueError(f"--output = {output}: must not exist. Remove it or choose another folder.")
+        raise UserError(f"--output = {output}: must not exist. Remove it or choose another folder.")

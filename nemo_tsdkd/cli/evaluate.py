@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from nemo_tsdkd.checkpoints.atomic import read_json, write_json
 from nemo_tsdkd.checkpoints.model_folder import content_key, require_importable
 from nemo_tsdkd.config.compose import CONF
+from nemo_tsdkd.config.validation import UserError
 
 GROUPS = CONF / "evaluate"
 KEPT = ("results", "versions", "n-shot", "n-samples")  # of what the harness returns
@@ -39,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     require_importable(args.model)
     if args.include_path and not args.include_path.is_dir():
-        raise ValueError(f"--include-path = {args.include_path}: no such folder. Give a folder of task YAML files.")
+        raise UserError(f"--include-path = {args.include_path}: no such folder. Give a folder of task YAML files.")
     if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit = {args.limit}: must be at least 1. Leave it out to score every problem.")
+        raise UserError(f"--limit = {args.limit}: must be at least 1. Leave it out to score every problem.")
     scores = _begun(args)
     tasks = [task for task in task_names(args.tasks) if task not in scores["tasks"]]
     for task, results in evaluate(
@@ -74,7 +75,7 @@ def _begun(args: argparse.Namespace) -> dict[str, Any]:
         return {"settings": settings, "tasks": [], **{key: {} for key in KEPT}}
     scores = read_json(args.output)
     if scores.get("settings") != settings:
-        raise ValueError(
+        raise UserError(
             f"--output = {args.output}: holds scores of {scores.get('settings')}, not of {settings}. "
             "Choose another file, or the same settings to continue."
         )
@@ -107,7 +108,7 @@ def evaluate(
     """Each task's name and what the harness returns for it, for a Hugging Face folder that is loaded once.
 
     Raises:
-        ValueError: lm-eval is not installed, a task that the harness (or `include_path`) does not have, or one that
+        UserError: lm-eval is not installed, a task that the harness (or `include_path`) does not have, or one that
             runs the model's code without `allow_code_execution`.
     """
     if not tasks:
@@ -117,7 +118,7 @@ def evaluate(
         from lm_eval.api.registry import get_model
         from lm_eval.tasks import TaskManager
     except ImportError as e:
-        raise ValueError(f"evaluation needs lm-eval ({e}): pip install 'lm-eval[hf,ifeval]==0.4.13'.") from e
+        raise UserError(f"evaluation needs lm-eval ({e}): pip install 'lm-eval[hf,ifeval]==0.4.13'.") from e
     import torch
 
     # The harness reads all its 14,000 task files: only where they are asked for.
@@ -150,16 +151,16 @@ def evaluate(
 
 
 def check_tasks(tasks: Sequence[str], manager: Any, allow_code_execution: bool) -> None:
-    """Raise ValueError, before any model or data set is loaded, on a task that cannot or may not run."""
+    """Raise UserError, before any model or data set is loaded, on a task that cannot or may not run."""
     unknown = [task for task in tasks if task not in manager.task_index]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"--tasks: the harness has no {', '.join(unknown)}. List its names with `lm-eval ls tasks`, or give the "
             "folder of your own task files as --include-path."
         )
     runs_code = [task for task in tasks if (manager.task_index[task].cfg or {}).get("unsafe_code")]
     if runs_code and not allow_code_execution:
-        raise ValueError(
+        raise UserError(
             f"--tasks: {', '.join(runs_code)} runs the code that the model writes on this machine. In a container "
             "that may be lost, add --allow-code-execution; else leave it out."
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nemo_tsdkd.checks.setup import check_setup
 from nemo_tsdkd.config.compose import add_config_arguments, config_from
+from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.data.response_shards import FORMATS, Shards
 from nemo_tsdkd.distributed import launch
 
@@ -31,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shard-size", type=int, help="prompts in one file; default: up to 1024, work for every copy")
     args = parser.parse_intermixed_args(argv)
     if args.shard_size is not None and args.shard_size < 1:
-        raise ValueError(f"--shard-size = {args.shard_size}: must be at least 1. Give a positive number.")
+        raise UserError(f"--shard-size = {args.shard_size}: must be at least 1. Give a positive number.")
     config = config_from(args)
     check_setup(config, batch=False)
     block = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
     if place.world_size % block:
-        raise ValueError(
+        raise UserError(
             f"{place.world_size} ranks were started: must be a multiple of TP x PP = {block}. Start as many copies of "
             "the model as you like, with srun or `torchrun --nproc-per-node N -m nemo_tsdkd generate`."
         )

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from nemo_tsdkd.config.validation import is_users
+from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.distributed import launch
 
 
@@ -90,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("nemo_tsdkd").setLevel(logging.INFO if speaks else logging.WARNING)
     try:
         COMMANDS[args.command][0](args.arguments)
-    except ValueError as e:
-        if args.traceback or not is_users(e):
+    except UserError as e:
+        if args.traceback:
             raise
         if speaks:
             print(f"nemo-tsdkd: error: {' '.join(str(e).split())}", file=sys.stderr)

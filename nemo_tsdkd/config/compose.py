@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.validation import UserError
 
 CONF = Path(__file__).parents[2] / "conf"
 # Lines of Hydra's and OmegaConf's messages that speak of their classes, not of the user's fields.
@@ -38,11 +39,11 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | P
     only fields of the dataclasses exist.
 
     Raises:
-        ValueError: no such configuration, an unknown key, a value of the wrong type, or a field without a value.
+        UserError: no such configuration, an unknown key, a value of the wrong type, or a field without a value.
     """
     folder = Path(config_dir or CONF).resolve()
     if not folder.is_dir():
-        raise ValueError(f"config_dir = {str(folder)!r}: no such folder. Give --config-dir; conf/ is in the checkout.")
+        raise UserError(f"config_dir = {str(folder)!r}: no such folder. Give --config-dir; conf/ is in the checkout.")
     ConfigStore.instance().store(name="schema", node=TrainConfig)
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
@@ -50,13 +51,13 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | P
         # Once more onto the dataclasses: Hydra lets `+key=value` through.
         typed = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.to_container(composed, resolve=True))
         if missing := ", ".join(sorted(OmegaConf.missing_keys(typed))):
-            raise ValueError(f"configuration {name!r} leaves open: {missing}. Give each as key=value.")
+            raise UserError(f"configuration {name!r} leaves open: {missing}. Give each as key=value.")
         config = OmegaConf.to_object(typed)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
         cause = e.__cause__ if isinstance(e.__cause__, OmegaConfBaseException) else e
         lines = [line.strip().replace("full_key:", "at") for line in str(cause).splitlines()]
         said = " ".join(line for line in lines if line and not line.startswith(_NOISE))
-        raise ValueError(f"configuration {name!r}: {said}.") from e
+        raise UserError(f"configuration {name!r}: {said}.") from e
     assert isinstance(config, TrainConfig)
     named = {override.split("=")[0].lstrip("+").removeprefix("objective.") for override in overrides}
     config.objective.validate_preset(named)

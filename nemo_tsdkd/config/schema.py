@@ -56,7 +56,7 @@ class ObjectiveConfig:
     tile_logits: int = 0  # fp32 logits of one model that a rank works on at once; 0: TILE_LOGITS of its device
 
     def validate(self, vocab_size: int | None = None) -> None:
-        """Raise ValueError on the first field that breaks its rule. Selection rules are checked by their registry."""
+        """Raise UserError on the first field that breaks its rule. Selection rules are checked by their registry."""
         validation.one_of("objective.preset", self.preset, list(PRESETS))
         validation.one_of("objective.head", self.head, HEADS)
         validation.share(self, "objective.", "beta", "threshold", "entropy_fraction")
@@ -85,7 +85,7 @@ class ObjectiveConfig:
         return replace(self, **PRESETS[self.preset])
 
     def validate_preset(self, named: Collection[str] = ()) -> None:
-        """Raise ValueError on a field that the user set and the preset would set to something else.
+        """Raise UserError on a field that the user set and the preset would set to something else.
 
         Args:
             named: fields known to be set by the user, be it to their default.
@@ -272,7 +272,7 @@ class TrainConfig:
         return self.parallel.world_size // self.parallel.model_parallel_size
 
     def validate(self, batch: bool = True) -> None:
-        """Raise ValueError on the first field that breaks its rule or a rule between fields. Reads no file.
+        """Raise UserError on the first field that breaks its rule or a rule between fields. Reads no file.
 
         `batch=False`: the global batch need not divide over the ranks (`generate` has none).
         Not here: selection rules (their registry), precisions (`checks/precision.py`) and what the models allow

@@ -1,23 +1,22 @@
-"""Checks of a configuration's fields, and the one shape of their errors; `prefix` is the section a field is in."""
+"""Errors of the user, and checks of a configuration's fields that raise them; `prefix` is the section of a field."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from traceback import walk_tb
 from typing import Any
 
 
-def is_users(error: Exception) -> bool:
-    """Whether the error is the user's to mend: a ValueError that this package raised. One that a library raised is a
-    defect, to be shown with its place."""
-    *_, (frame, _) = walk_tb(error.__traceback__)
-    return isinstance(error, ValueError) and frame.f_globals.get("__name__", "").split(".")[0] == "nemo_tsdkd"
+class UserError(ValueError):
+    """Bad input that the user can correct: the command prints its message alone and exits with status 2.
+
+    Any other exception, a plain ValueError included, is a defect of the program and keeps its traceback.
+    """
 
 
 def require(ok: bool, name: str, value: Any, rule: str, fix: str) -> None:
     """Raise the one shape of error a user ever sees for a bad field."""
     if not ok:
-        raise ValueError(f"{name} = {value!r}: {rule}. {fix}")
+        raise UserError(f"{name} = {value!r}: {rule}. {fix}")
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:

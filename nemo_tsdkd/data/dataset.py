@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from nemo_tsdkd.config.schema import DataConfig
+from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.data.source import check_data
 from nemo_tsdkd.data.tokenizer import Vocabulary, response_text
 
@@ -57,11 +58,11 @@ class PromptDataset(Dataset[Sample]):
             vocabulary: that of the tokenizer, where responses are needed; a response is read up to its first EOS.
 
         Raises:
-            ValueError: no such file or hub data set, a bad row (with file and line), a tokenizer without chat
+            UserError: no such file or hub data set, a bad row (with file and line), a tokenizer without chat
                 template, or no usable row.
         """
         if config.apply_chat_template and tokenizer.chat_template is None:
-            raise ValueError(
+            raise UserError(
                 "data.apply_chat_template = True: the tokenizer has no chat template. Set it to false for a base model."
             )
         encoded = datasets.concatenate_datasets(
@@ -89,7 +90,7 @@ class PromptDataset(Dataset[Sample]):
             *(len(encoded), config.path, long_prompt.sum(), dropped - long_prompt.sum(), config.seq_length),
         )
         if len(keep) == 0:
-            raise ValueError(
+            raise UserError(
                 f"data.path = {config.path!r}: no usable row ({dropped} dropped for data.seq_length = "
                 f"{config.seq_length}). Give a file with rows, or a larger seq_length."
             )
@@ -147,7 +148,7 @@ def _open(config: DataConfig) -> list[tuple[str, datasets.Dataset]]:
     else:
         parts = [(config.path, _read_hub(config))]
     if not parts:
-        raise ValueError(f"data.path = {config.path!r}: the folder holds no .jsonl or .parquet file.")
+        raise UserError(f"data.path = {config.path!r}: the folder holds no .jsonl or .parquet file.")
     left = config.limit if config.limit is not None else sum(len(rows) for _, rows in parts)
     taken = []
     for source, rows in parts:
@@ -163,11 +164,11 @@ def _read_file(path: Path) -> datasets.Dataset:
         # As text: `json` guesses types (a prompt that is a date becomes a timestamp) and forgets line numbers.
         builder = {"path": "text", "features": datasets.Features(text=datasets.Value("string"))}
     else:
-        raise ValueError(f"data.path = {str(path)!r}: a file must end in .jsonl or .parquet. Rename or convert it.")
+        raise UserError(f"data.path = {str(path)!r}: a file must end in .jsonl or .parquet. Rename or convert it.")
     try:
         return datasets.load_dataset(**builder, data_files=str(path), split="train")
     except (datasets.exceptions.DatasetGenerationError, ValueError) as e:
-        raise ValueError(
+        raise UserError(
             f"data.path = {str(path)!r}: is empty or cannot be read as {path.suffix} ({e.__cause__ or e})."
         ) from e
 
@@ -176,7 +177,7 @@ def _read_hub(config: DataConfig) -> datasets.Dataset:
     try:
         return datasets.load_dataset(config.path, config.subset, split=config.split)
     except (ConnectionError, FileNotFoundError, ValueError) as e:  # the last: no such subset or split
-        raise ValueError(
+        raise UserError(
             f"data.path = {config.path!r} (subset {config.subset}, split {config.split}): neither a local file nor a "
             f"data set that the hub gives out ({e}). "
             "Check the name, or download it first and give the .jsonl or .parquet file."
@@ -224,7 +225,7 @@ def _written_ids(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedT
     may be cut in other places."""
     ids = row["response_ids"]
     if response_text(tokenizer, ids) != row.get(config.response_column):
-        raise ValueError(
+        raise UserError(
             f"{where}: response_ids are not the tokens of {config.response_column!r} for this tokenizer. "
             "Remove the column, so that the text is tokenized."
         )
@@ -235,16 +236,16 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as e:
-        raise ValueError(f"{where}: not JSON ({e}). Each line must hold one JSON object.") from e
+        raise UserError(f"{where}: not JSON ({e}). Each line must hold one JSON object.") from e
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: holds a {type(row).__name__}. Each line must hold one JSON object.")
+        raise UserError(f"{where}: holds a {type(row).__name__}. Each line must hold one JSON object.")
     return row
 
 
 def _text(row: dict[str, Any], column: str, where: str) -> str:
     if column not in row:
-        raise ValueError(f"{where}: no column {column!r} among {sorted(row)}. Set data.prompt_column/response_column.")
+        raise UserError(f"{where}: no column {column!r} among {sorted(row)}. Set data.prompt_column/response_column.")
     value = row[column]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: {column} = {value!r:.80}: must be text and not empty. Correct or remove the row.")
+        raise UserError(f"{where}: {column} = {value!r:.80}: must be text and not empty. Correct or remove the row.")
     return value

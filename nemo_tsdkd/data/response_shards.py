@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from nemo_tsdkd.checkpoints.atomic import read_json, write_whole
 from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.validation import UserError
 
 FORMATS = ("jsonl", "parquet")
 _SETTINGS = "settings.json"
@@ -39,7 +40,7 @@ class Shards:
             copies: of the model, each of which writes one file at a time.
 
         Raises:
-            ValueError: the folder holds responses written with other settings.
+            UserError: the folder holds responses written with other settings.
         """
         path = self.folder / _SETTINGS
         written = read_json(path) if path.exists() else {}
@@ -56,7 +57,7 @@ class Shards:
         }
         for name, value in written.items():
             if settings[name] != value:
-                raise ValueError(
+                raise UserError(
                     f"--output = {self.folder}: was written with {name} = {value}, not {settings[name]}. "
                     "Choose another folder, or the same settings to continue."
                 )

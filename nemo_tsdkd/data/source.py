@@ -5,23 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_tsdkd.config.schema import DataConfig
+from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.data.response_shards import missing_files
 
 
 def check_data(data: DataConfig) -> None:
-    """Raise ValueError unless `data.path` is a whole folder or file, or may be a hub data set's name."""
+    """Raise UserError unless `data.path` is a whole folder or file, or may be a hub data set's name."""
     path = Path(data.path)
     if path.exists():
         for name in ("subset", "split"):
             if getattr(data, name) != getattr(DataConfig, name):
-                raise ValueError(
+                raise UserError(
                     f"data.{name} = {getattr(data, name)!r}: only a hub data set has one, and {data.path} is local. "
                     "Leave it out."
                 )
         if path.is_dir() and (absent := missing_files(path)):
-            raise ValueError(
+            raise UserError(
                 f"data.path = {data.path!r}: `generate` has not ended, {len(absent)} files are missing ({absent[0]}). "
                 "Wait for its job, or submit it again: it goes on."
             )
     elif path.suffix in (".jsonl", ".parquet") or path.is_absolute():
-        raise ValueError(f"data.path = {data.path!r}: there is no such file. Give a .jsonl or .parquet file.")
+        raise UserError(f"data.path = {data.path!r}: there is no such file. Give a .jsonl or .parquet file.")

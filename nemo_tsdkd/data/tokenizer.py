@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS
+from nemo_tsdkd.config.validation import UserError
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class Vocabulary:
         """That of the tokenizer in `path`: responses end with its EOS or with one of `generation_config.json`.
 
         Raises:
-            ValueError: it has no EOS.
+            UserError: it has no EOS.
         """
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"{path}: its tokenizer has no EOS token, so no response could end. Set eos_token.")
+            raise UserError(f"{path}: its tokenizer has no EOS token, so no response could end. Set eos_token.")
         ids = [tokenizer.eos_token_id]
         folder = tokenizer_folder(path)
         if (folder / "generation_config.json").exists():
@@ -37,14 +38,14 @@ class Vocabulary:
         return cls(size=1 + max(tokenizer.get_vocab().values()), pad_id=eos_ids[0], eos_ids=eos_ids)
 
     def require_rows(self, **models: int) -> None:
-        """Raise ValueError unless each model, by its name, has a row for every id: padding would be trained as text.
+        """Raise UserError unless each model, by its name, has a row for every id: padding would be trained as text.
 
         Args:
             models: rows of a model's embedding in its checkpoint.
         """
         for which, rows in models.items():
             if rows < self.size:
-                raise ValueError(
+                raise UserError(
                     f"{which}.path: the tokenizer has {self.size} ids, but the model {rows} rows. "
                     "Give the tokenizer it was trained with, or resize the model (resize_token_embeddings)."
                 )
@@ -66,15 +67,15 @@ def tokenizer_folder(path: str | Path) -> Path:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local checkpoint folder. No code from the folder is run. ValueError where it has none."""
+    """The tokenizer of a local checkpoint folder. No code from the folder is run. UserError where it has none."""
     folder = tokenizer_folder(path)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder. Give a local Hugging Face or NeMo folder.")
+        raise UserError(f"{folder}: no such folder. Give a local Hugging Face or NeMo folder.")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as e:
         reason = f"{str(e).splitlines()[0]:.120}"  # transformers lists every model type it knows
-        raise ValueError(
+        raise UserError(
             f"{folder}: has no tokenizer that transformers can load ({reason}). Copy the model's tokenizer into it."
         ) from e
 
@@ -85,7 +86,7 @@ def response_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> s
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError with the first difference in vocabulary, special ids or chat template.
+    """Raise UserError with the first difference in vocabulary, special ids or chat template.
 
     The divergence compares the two models token id by token id; one shifted id would make it meaningless.
     """
@@ -98,7 +99,7 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
 
 def _same(what: str, student: Any, teacher: Any) -> None:
     if student != teacher:
-        raise ValueError(
+        raise UserError(
             f"teacher.path: its tokenizer is not the student's: {what} is {teacher!r:.80} instead of {student!r:.80}. "
             "Choose a pair from one model family, or copy one tokenizer to both."
         )

@@ -9,6 +9,8 @@ from reasoning_gym.factory import get_score_answer_fn
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from nemo_tsdkd.config.validation import UserError
+
 TASK = "chain_sum"
 SETTINGS = {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 1}
 HELD_OUT = 400
@@ -26,7 +28,7 @@ def held_out_problems(count: int = HELD_OUT) -> list[Problem]:
     """Different problems that no training set holds."""
     drawn = {problem["question"]: problem for problem in _draw(2 * HELD_OUT, HELD_OUT_SEED)}
     if not 0 < count <= HELD_OUT:
-        raise ValueError(f"--problems = {count}: must lie in [1, {HELD_OUT}], those kept out of training.")
+        raise UserError(f"--problems = {count}: must lie in [1, {HELD_OUT}], those kept out of training.")
     return list(drawn.values())[:count]
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from nemo_tsdkd.config.validation import is_users
+from nemo_tsdkd.config.validation import UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # as Megatron's own groups have
 LONG_TIMEOUT = timedelta(days=1)
@@ -46,7 +46,7 @@ def rank_zero_first(work: Callable[[], Result]) -> Result:
     """Do `work` on rank 0 and then on all others, which find in a cache on a shared disk what it left. Collective.
 
     Raises:
-        ValueError, RuntimeError: as `from_rank_zero`.
+        UserError, RuntimeError: as `from_rank_zero`.
     """
     done: list[Result] = []
     from_rank_zero(lambda: done.append(work()))
@@ -57,7 +57,7 @@ def from_rank_zero(work: Callable[[], Result]) -> Result:
     """Do `work` on rank 0, however long it takes, and return its result on every rank. Collective.
 
     Raises:
-        ValueError, RuntimeError: what rank 0 met, on every rank; the second for any error but a user's.
+        UserError, RuntimeError: what rank 0 met, on every rank; the second for any error but a user's.
     """
     if not dist.is_initialized():
         return work()
@@ -69,7 +69,7 @@ def from_rank_zero(work: Callable[[], Result]) -> Result:
             outcome[0] = work()
         except Exception as error:
             cause = error
-            outcome[1:] = str(error), ValueError if is_users(error) else RuntimeError
+            outcome[1:] = str(error), UserError if isinstance(error, UserError) else RuntimeError
     dist.broadcast_object_list(outcome, src=0, group=group)
     dist.destroy_process_group(group)
     result, message, kind = outcome

@@ -13,6 +13,8 @@ import socket
 import subprocess
 from dataclasses import dataclass
 
+from nemo_tsdkd.config.validation import UserError
+
 FIRST_PORT, PORTS = 15000, 10000  # below Linux's ephemeral range (32768-60999), so no outgoing connection holds one
 
 
@@ -34,7 +36,7 @@ def hosts() -> list[str]:
     `scontrol` is missing inside most containers: the job script expands the list outside and exports `TSDKD_HOSTS`.
 
     Raises:
-        ValueError: under Slurm with neither `TSDKD_HOSTS` nor `scontrol`.
+        UserError: under Slurm with neither `TSDKD_HOSTS` nor `scontrol`.
     """
     if "TSDKD_HOSTS" in os.environ:
         return os.environ["TSDKD_HOSTS"].split()
@@ -42,7 +44,7 @@ def hosts() -> list[str]:
     if nodelist is None:
         return [socket.gethostname()]
     if shutil.which("scontrol") is None:
-        raise ValueError(
+        raise UserError(
             f"SLURM_STEP_NODELIST = {nodelist!r}: cannot be expanded, scontrol is not on PATH. "
             'Export TSDKD_HOSTS="$(scontrol show hostnames "$SLURM_JOB_NODELIST")" before srun.'
         )
@@ -58,7 +60,7 @@ def environment() -> Launch:
     before torch.distributed or Lightning is set up.
 
     Raises:
-        ValueError: as `hosts`.
+        UserError: as `hosts`.
     """
     env = os.environ
     # Not SLURM_NTASKS, which is also set outside srun, where rank 0 would wait for the others.

@@ -10,6 +10,7 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader
 
 from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.data.dataset import EpochOrder, PromptDataset, Sample
 
 
@@ -68,11 +69,11 @@ class SampleModule(pl.LightningDataModule):
         """Go on where the checkpoint's run was.
 
         Raises:
-            ValueError: on every rank, if samples would come in another order or from other data.
+            UserError: on every rank, if samples would come in another order or from other data.
         """
         for field, value in self._order().items():
             if value != state["order"][field]:
-                raise ValueError(
+                raise UserError(
                     f"{field} = {value}: this run began with {state['order'][field]}, and a resumed run goes on in the "
                     "same order. Give the same value, or begin another run_dir from this one's export."
                 )

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from nemo_tsdkd.checks.precision import pad_to_multiple
 from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.data.batch import MicroBatch, make_micro_batches
 from nemo_tsdkd.data.dataset import Sample
 from nemo_tsdkd.data.tokenizer import Vocabulary
@@ -143,7 +144,7 @@ class TSDKDModel(llm.GPTModel):
         """Micro-batches of prompts and responses; on the last stage each comes with the teacher's hidden states.
 
         Raises:
-            ValueError: no sequence of the global batch has a response token.
+            UserError: no sequence of the global batch has a response token.
         """
         micro_batches = make_micro_batches(
             samples,
@@ -165,7 +166,7 @@ class TSDKDModel(llm.GPTModel):
         group = parallel_state.get_data_parallel_group()
         dist.all_reduce(count, group=group)
         if count == 0:
-            raise ValueError("a global batch holds no response token: nothing to learn from. Look at data.path.")
+            raise UserError("a global batch holds no response token: nothing to learn from. Look at data.path.")
         return count.item() / group.size()
 
     # Act three: the student is corrected. Megatron's schedule calls these for each micro-batch.

@@ -80,7 +80,7 @@ class TSDKDStrategy(nl.MegatronStrategy):
         """One global batch: responses, the teacher's pass, the student's forward and backward; the loss (scalar).
 
         Raises:
-            ValueError: no sequence of the batch has a response token.
+            UserError: no sequence of the batch has a response token.
         """
         model, step = self.lightning_module, self.trainer.global_step
         self.step_metrics = {

@@ -35,7 +35,7 @@ def train(config: TrainConfig) -> None:
     """Run or resume the distillation of `config` on this rank.
 
     Raises:
-        ValueError: a configuration, checkpoint or data set that cannot be trained, before any model is built.
+        UserError: a configuration, checkpoint or data set that cannot be trained, before any model is built.
         FloatingPointError: a loss or gradient that is not finite, on every rank.
         OSError: the run's disk is full.
     """
@@ -70,7 +70,7 @@ def _end_again(run_dir: Path, config: TrainConfig, step: int) -> None:
 
 
 def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> SampleModule:
-    """The run's samples, tokenized. Raises ValueError where a row is bad or none is usable."""
+    """The run's samples, tokenized. Raises UserError where a row is bad or none is usable."""
     off_policy = config.rollout.lmbda < 1
     data = rank_zero_first(lambda: PromptDataset.load(config.data, tokenizer, vocabulary if off_policy else None))
     return SampleModule(data, config)
@@ -80,7 +80,7 @@ def build_model(config: TrainConfig, vocabulary: Vocabulary, run_dir: Path, resu
     """Both models in the run's layout and one padded vocabulary; their weights are loaded later.
 
     Raises:
-        ValueError: a checkpoint that is none, a model without rows for the vocabulary, or an objective that the
+        UserError: a checkpoint that is none, a model without rows for the vocabulary, or an objective that the
             vocabulary does not allow.
     """
     cache = run_dir / "imported"

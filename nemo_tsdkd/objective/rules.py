@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nemo_tsdkd.config.schema import ObjectiveConfig
+from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.objective.tokens import Tokens, fixed_point
 
 Rule = Callable[[Tokens, ObjectiveConfig], Tensor]
@@ -37,11 +38,11 @@ def rule(name: str) -> Callable[[Rule], Rule]:
 
 
 def check_rules(config: ObjectiveConfig) -> None:
-    """Raise ValueError when the config names a rule that is not registered."""
+    """Raise UserError when the config names a rule that is not registered."""
     for field in ("opener_rule", "entropy_rule", "gate_rule"):
         name = getattr(config, field)
         if name not in RULES:
-            raise ValueError(
+            raise UserError(
                 f"objective.{field} = {name!r}: must be one of {', '.join(sorted(RULES))}. "
                 "Choose one of these, or register the rule (CONTRIBUTING.md)."
             )

@@ -70,7 +70,7 @@ def test_what_cannot_be_imported_is_refused_with_its_reason(kind, tmp_path):
     folder = tiny_hf.save_hf(tmp_path / "hf")
     spoil(folder)
     message = resolve_here(folder, tmp_path / "cache")
-    assert message.startswith("ValueError") and reason in message
+    assert message.startswith("UserError") and reason in message
 
 
 def widths(cases: list) -> list[int]:

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 import nemo_tsdkd.cli.main
 from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.data.batch import make_micro_batches
 
 HF_BARS = "HF_DATASETS_DISABLE_PROGRESS_BARS"
 OPEN = ["run_dir=run", "student.path=/nowhere", "teacher.path=/nowhere", "data.path=data.jsonl"]
@@ -102,17 +103,23 @@ def test_one_rank_a_node_speaks(capsys, monkeypatch):
         monkeypatch.delenv(variable)
 
 
-@pytest.mark.parametrize("kind", [KeyError, ValueError])
-def test_a_defect_keeps_its_traceback(monkeypatch, kind):
-    """A ValueError that a library raised is one, on every rank: not the user's arguments."""
+def raise_key_error(argv):
+    raise KeyError("a defect")
 
-    def main(argv):
-        raise kind("a defect")
+
+def cut_unevenly(argv):
+    make_micro_batches([], [[1]], micro_batch_size=1, pad_id=0)
+
+
+@pytest.mark.parametrize(("main", "kind"), [(raise_key_error, KeyError), (cut_unevenly, ValueError)])
+def test_a_defect_keeps_its_traceback(monkeypatch, main, kind):
+    """On every rank. A ValueError of the package's own that is no UserError is a defect too."""
 
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setitem(sys.modules, "nemo_tsdkd.checks.preflight", types.SimpleNamespace(main=main))
-    with pytest.raises(kind):
+    with pytest.raises(kind) as raised:
         nemo_tsdkd.cli.main.main(["preflight"])
+    assert raised.type is kind
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from nemo_tsdkd.checkpoints.model_folder import (
     is_nemo_checkpoint,
     require_importable,
 )
+from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.distributed.groups import from_rank_zero
 from nemo_tsdkd.megatron.checkpoints.hf import config_from_hf
 
@@ -37,7 +38,7 @@ def resolve(path: str | Path, cache_dir: Path) -> Path:
     content.
 
     Raises:
-        ValueError: `path` is neither kind of folder, or a Hugging Face folder that cannot be imported.
+        UserError: `path` is neither kind of folder, or a Hugging Face folder that cannot be imported.
         RuntimeError: the import failed; every rank raises it.
     """
     folder = Path(path)
@@ -45,7 +46,7 @@ def resolve(path: str | Path, cache_dir: Path) -> Path:
         return folder
     if not is_hf_folder(folder):
         fix = "Give a local Hugging Face folder (config.json, *.safetensors) or a NeMo checkpoint folder"
-        raise ValueError(f"{folder}: {'no model in it' if folder.is_dir() else 'no such folder'}. {fix}.")
+        raise UserError(f"{folder}: {'no model in it' if folder.is_dir() else 'no such folder'}. {fix}.")
     require_importable(folder)
     checkpoint = Path(from_rank_zero(lambda: str(_import_once(folder, cache_dir))))
     _await(checkpoint)
@@ -75,7 +76,7 @@ def load_weights(module: MCoreGPTModel, checkpoint: Path) -> None:
     and the head beyond those in the file become zero; rows of the file beyond the module's are left out.
 
     Raises:
-        ValueError: the checkpoint and the model do not have the same parameters.
+        UserError: the checkpoint and the model do not have the same parameters.
     """
     assert not any(p.is_meta for p in module.parameters()), "weights loaded into the meta device are lost"
     state, missing, unexpected = dist_checkpointing.load(
@@ -87,7 +88,7 @@ def load_weights(module: MCoreGPTModel, checkpoint: Path) -> None:
     missing = {k for k in missing if k.startswith(_PREFIX) and "_extra_state" not in k}
     unexpected = {k for k in unexpected if "_extra_state" not in k}
     if missing or unexpected:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint}: not this model's weights. In the file only: {sorted(missing) or 'nothing'}; "
             f"in the model only: {sorted(unexpected) or 'nothing'}. Import the model again."
         )

@@ -28,6 +28,7 @@ from torch.distributed import ReduceOp
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.distributed.vocab_parallel import all_reduce
 from nemo_tsdkd.rollout.schedule import Pass
 
@@ -37,7 +38,7 @@ _MASK_MULTIPLE = 16  # a mask of another length is copied to such a one by every
 
 
 def check_model(model: GPTModel) -> None:
-    """Raise ValueError for a model that would decode wrongly rather than fail."""
+    """Raise UserError for a model that would decode wrongly rather than fail."""
     config = model.config
     rules = {
         "position_embedding_type": (model.position_embedding_type, "rope"),
@@ -51,7 +52,7 @@ def check_model(model: GPTModel) -> None:
     }
     for name, (value, supported) in rules.items():
         if value != supported:
-            raise ValueError(
+            raise UserError(
                 f"{name} = {value!r}: rollouts decode models with {supported!r} only. Write the responses "
                 "elsewhere and train on the file with rollout.lmbda = 0, or change the model or its layout."
             )

@@ -45,7 +45,7 @@ def generate(
         tp_group, pp_group: this rank's groups; None means not parallel.
 
     Raises:
-        ValueError: the model is not one this decodes, or a prompt is empty or fills `max_length`.
+        UserError: the model is not one this decodes, or a prompt is empty or fills `max_length`.
     """
     check_model(model)
     schedule = Schedule(
