@@ -17,9 +17,8 @@ import torch.distributed as dist
 from nemo_tsdkd.config.schema import CheckpointConfig
 from nemo_tsdkd.megatron.checkpoints.save import (
     STOP_SIGNALS,
-    mark_finished,
+    RunCheckpoints,
     restore_random_state,
-    save,
     start_writers_queue,
 )
 from nemo_tsdkd.reporting.metrics import RunWriter
@@ -72,10 +71,9 @@ class SaveAndStop(pl.Callback):
     """Saves every n steps, every so many minutes and at the last step; and when the cluster asks the job to leave
     (SIGTERM, SIGUSR1), to stop then."""
 
-    def __init__(self, run_dir: Path, source: Path, config: CheckpointConfig, reuse: int) -> None:
-        self.run_dir = run_dir
+    def __init__(self, checkpoints: RunCheckpoints, source: Path, reuse: int) -> None:
+        self.checkpoints = checkpoints
         self.source = source
-        self.config = config
         self.reuse = reuse
         self._asked_to_stop = False
         self._saved_at = 0.0
@@ -98,13 +96,14 @@ class SaveAndStop(pl.Callback):
         last = step == trainer.max_steps
         if step % self.reuse:
             return  # a set of rollouts is not part of a checkpoint: save where the next step would write a new one
+        config: CheckpointConfig = self.checkpoints.config
         minutes = (time.monotonic() - self._saved_at) / 60
-        stop, due = _on_any_rank(self._asked_to_stop, minutes >= self.config.every_minutes)
-        if stop or due or last or step % self.config.every_n_steps == 0:
-            save(trainer, self.run_dir, self.source, self.config, wait=stop or last)
+        stop, due = _on_any_rank(self._asked_to_stop, minutes >= config.every_minutes)
+        if stop or due or last or step % config.every_n_steps == 0:
+            self.checkpoints.save(trainer, self.source, wait=stop or last)
             self._saved_at = time.monotonic()
         if last and trainer.is_global_zero:
-            mark_finished(self.run_dir)
+            self.checkpoints.mark_finished()
         trainer.should_stop = trainer.should_stop or stop
 
 

@@ -23,7 +23,7 @@ from nemo_tsdkd.data.tokenizer import Vocabulary, check_same_tokenizer, load_tok
 from nemo_tsdkd.distributed.groups import process_group, rank_zero_first
 from nemo_tsdkd.megatron.callbacks import Report, SaveAndStop
 from nemo_tsdkd.megatron.checkpoints.load import gpt_config, resolve
-from nemo_tsdkd.megatron.checkpoints.save import checkpoint_to_resume, mark_finished, report_full_disk
+from nemo_tsdkd.megatron.checkpoints.save import RunCheckpoints
 from nemo_tsdkd.megatron.datamodule import SampleModule
 from nemo_tsdkd.megatron.model import Checkpoints, TSDKDModel
 from nemo_tsdkd.megatron.strategy import TSDKDStrategy
@@ -42,10 +42,11 @@ def train(config: TrainConfig) -> None:
     check_setup(config)
     check_engine(config)
     run_dir = Path(config.run_dir)
+    checkpoints = RunCheckpoints(run_dir, config.checkpoint)
     with process_group():
-        checkpoint = checkpoint_to_resume(run_dir)
+        checkpoint = checkpoints.to_resume()
         if checkpoint and step_of(checkpoint) >= config.max_steps:
-            _end_again(run_dir, config, step_of(checkpoint))
+            _end_again(checkpoints, config.max_steps, step_of(checkpoint))
             return
         tokenizer = load_tokenizer(config.student.path)
         check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.path))
@@ -56,17 +57,18 @@ def train(config: TrainConfig) -> None:
             save_provenance(run_dir, config)
         callbacks = [
             Report(run_dir, config.progress_bar),
-            SaveAndStop(run_dir, model.checkpoints.student, config.checkpoint, config.rollout.reuse),
+            SaveAndStop(checkpoints, model.checkpoints.student, config.rollout.reuse),
         ]
-        with report_full_disk(run_dir):
+        with checkpoints.report_full_disk():
             build_trainer(config, callbacks).fit(model, datamodule=data, ckpt_path=checkpoint)
 
 
-def _end_again(run_dir: Path, config: TrainConfig, step: int) -> None:
-    """Leave what a run leaves at its end: an attempt may have been killed between its last checkpoint and that."""
+def _end_again(checkpoints: RunCheckpoints, max_steps: int, step: int) -> None:
+    """Write what a run writes at its end: an attempt may have been killed after its last checkpoint and before that."""
     if dist.get_rank() == 0:
-        RunWriter(run_dir, config.max_steps, progress=False, resume_step=step).close({"steps": step, "finished": True})
-        mark_finished(run_dir)
+        writer = RunWriter(checkpoints.run_dir, max_steps, progress=False, resume_step=step)
+        writer.close({"steps": step, "finished": True})
+        checkpoints.mark_finished()
 
 
 def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> SampleModule:

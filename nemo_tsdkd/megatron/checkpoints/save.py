@@ -11,6 +11,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -57,85 +58,92 @@ def start_writers_queue() -> None:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def mark_finished(run_dir: Path) -> None:
-    """A job that finds the mark never runs again."""
-    (run_dir / "FINISHED").touch()
+@dataclass(frozen=True)
+class RunCheckpoints:
+    """The checkpoints of one run, and what else its folder says of how far it got. Holds no state of its own: NeMo
+    copies it with the callback."""
 
+    run_dir: Path
+    config: CheckpointConfig
 
-def save(trainer: pl.Trainer, run_dir: Path, source: Path, config: CheckpointConfig, *, wait: bool) -> None:
-    """Write, prove and declare the checkpoint of this step; then the old ones may go. Collective.
+    def to_resume(self) -> Path | None:
+        """The newest whole checkpoint, the same on every rank. Collective.
 
-    With `async_save` the files are written behind the following steps; NeMo's callback finds that all ranks are done.
+        Rank 0 lists the checkpoints, and each rank reads a share of the files: one alone would read for minutes.
+        """
 
-    Args:
-        source: the imported student the run began with, whose context (config, tokenizer) every checkpoint repeats.
-        wait: return when the checkpoint is whole, even with `async_save`.
-    """
-    io, folder = trainer.strategy.checkpoint_io, step_folder(run_dir, trainer.global_step)
-    if config.async_save:
-        io.maybe_finalize_save_checkpoint(blocking=True)  # one in the making at a time
-    declare = partial(_declare, run_dir, trainer.global_step, config)
-    if dist.get_rank() == 0:
-        make_room(run_dir, trainer.global_step)
-        shutil.copytree(source / "context", folder / "context")
-        (folder / "random").mkdir()
-    dist.barrier()
-    torch.save(random_state(), _random_file(folder))
-    trainer.save_checkpoint(folder, storage_options={"finalize_fn": declare} if config.async_save else None)
-    if not config.async_save:
-        declare()
-    elif wait:
-        io.maybe_finalize_save_checkpoint(blocking=True)
+        def damage_of(folder: Path) -> str | None:
+            found: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(found, find_damage(folder, dist.get_rank(), len(found)))
+            return next((damage for damage in found if damage), None)
 
+        return first_whole(from_rank_zero(lambda: newest_first(self.run_dir)), damage_of)
 
-@contextmanager
-def report_full_disk(run_dir: Path) -> Iterator[None]:
-    """Say so where the run's disk is full or over its quota: Megatron's writers report that in several ways, some
-    without a word of it.
+    def save(self, trainer: pl.Trainer, source: Path, *, wait: bool) -> None:
+        """Write the checkpoint of the trainer's step, then its manifest, then remove old checkpoints. Collective.
 
-    What was being saved then does not count, and the checkpoints before it are as they were.
+        With `async_save` the files are written during the following steps; NeMo's callback finds when all ranks are
+        done.
 
-    Raises:
-        OSError: what the disk answers, in place of the error it led to.
-    """
-    try:
-        yield
-    except (Exception, CheckpointException) as error:  # torch derives the second from BaseException
-        probe = run_dir / f".probe_{dist.get_rank()}"
+        Args:
+            source: the imported student the run began with; its context (config, tokenizer) goes into the checkpoint.
+            wait: return when the checkpoint is whole, even with `async_save`.
+        """
+        io, step = trainer.strategy.checkpoint_io, trainer.global_step
+        folder = step_folder(self.run_dir, step)
+        if self.config.async_save:
+            io.maybe_finalize_save_checkpoint(blocking=True)  # one unfinished checkpoint at a time
+        if dist.get_rank() == 0:
+            make_room(self.run_dir, step)
+            shutil.copytree(source / "context", folder / "context")
+            (folder / "random").mkdir()
+        dist.barrier()
+        torch.save(random_state(), _random_file(folder))
+        finish = partial(self._finish, step)
+        trainer.save_checkpoint(folder, storage_options={"finalize_fn": finish} if self.config.async_save else None)
+        if not self.config.async_save:
+            finish()
+        elif wait:
+            io.maybe_finalize_save_checkpoint(blocking=True)
+
+    def _finish(self, step: int) -> None:
+        """Write the manifest, once all ranks have written their files; then remove old checkpoints. Collective."""
+        folder, rank, world_size = step_folder(self.run_dir, step), dist.get_rank(), dist.get_world_size()
+        dist.barrier()
+        names = from_rank_zero(lambda: contents(folder))
+        entries: list[Any] = [None] * world_size
+        dist.all_gather_object(entries, describe(folder, names[rank::world_size]))
+        if rank == 0:
+            write_manifest(folder, {name: entry for part in entries for name, entry in part.items()})
+            rotate(self.run_dir, step, self.config.keep_last, self.config.keep_every)
+            write_whole(self.run_dir / "last_step", f"{step}\n".encode())  # the job script reads progress from it
+        dist.barrier()
+
+    def mark_finished(self) -> None:
+        """Write `FINISHED`: a job that finds it does not run again."""
+        (self.run_dir / "FINISHED").touch()
+
+    @contextmanager
+    def report_full_disk(self) -> Iterator[None]:
+        """Raise the disk's own error where the run's disk is full or over its quota: Megatron's writer processes
+        report that in several ways, some of which do not name the cause.
+
+        The checkpoint being saved then does not count, and the earlier ones are unchanged.
+
+        Raises:
+            OSError: what the disk answers, in place of the error it led to.
+        """
         try:
-            probe.write_bytes(bytes(_PROBE))
-        except OSError as full:
-            raise OSError(full.errno, full.strerror, str(run_dir)) from error
-        finally:
-            probe.unlink(missing_ok=True)
-        raise
-
-
-def _declare(run_dir: Path, step: int, config: CheckpointConfig) -> None:
-    folder, rank, world_size = step_folder(run_dir, step), dist.get_rank(), dist.get_world_size()
-    dist.barrier()
-    names = from_rank_zero(lambda: contents(folder))
-    entries: list[Any] = [None] * world_size
-    dist.all_gather_object(entries, describe(folder, names[rank::world_size]))
-    if rank == 0:
-        write_manifest(folder, {name: entry for part in entries for name, entry in part.items()})
-        rotate(run_dir, step, config.keep_last, config.keep_every)
-        write_whole(run_dir / "last_step", f"{step}\n".encode())  # the job script sees progress by it
-    dist.barrier()
-
-
-def checkpoint_to_resume(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint, the same on every rank. Collective.
-
-    Rank 0 looks for them, and each rank proves a share of the files: one alone would read for minutes.
-    """
-
-    def damage_of(folder: Path) -> str | None:
-        found: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, find_damage(folder, dist.get_rank(), len(found)))
-        return next((damage for damage in found if damage), None)
-
-    return first_whole(from_rank_zero(lambda: newest_first(run_dir)), damage_of)
+            yield
+        except (Exception, CheckpointException) as error:  # torch derives the second from BaseException
+            probe = self.run_dir / f".probe_{dist.get_rank()}"
+            try:
+                probe.write_bytes(bytes(_PROBE))
+            except OSError as full:
+                raise OSError(full.errno, full.strerror, str(self.run_dir)) from error
+            finally:
+                probe.unlink(missing_ok=True)
+            raise
 
 
 def random_state() -> dict[str, Any]:
