@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -61,7 +62,7 @@ class Case:
         return drawn | {f"{m}_weight": draw(self.vocab_size, size) for m, size in sizes.items()}
 
     def width(self, tp: int, padding: int) -> int:
-        return -(-self.vocab_size // tp) + padding
+        return math.ceil(self.vocab_size / tp) + padding
 
 
 def vocab_shard(full: Tensor, dim: int, width: int, rank: int, tp: int) -> Tensor:

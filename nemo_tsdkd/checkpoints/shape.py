@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nemo_tsdkd.checkpoints.atomic import read_json
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint
+from nemo_tsdkd.config.integers import round_up
 from nemo_tsdkd.config.validation import UserError
 
 
@@ -90,4 +91,4 @@ def padded_vocab_size(*vocab_sizes: int, tensor_model_parallel_size: int) -> int
     that could be cut or added.
     """
     rows = math.lcm(128 * 8, 128 * tensor_model_parallel_size)
-    return -(-max(vocab_sizes) // rows) * rows
+    return round_up(max(vocab_sizes), rows)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_tsdkd.checkpoints.shape import ModelShape
+from nemo_tsdkd.config.integers import round_up
 from nemo_tsdkd.config.schema import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 
@@ -122,7 +123,7 @@ def check_shapes(config: TrainConfig, student: ModelShape, teacher: ModelShape) 
             step = multiple // math.gcd(multiple, rows)
             raise UserError(
                 f"data.seq_length = {config.data.seq_length}: {name!r} in {field} needs the tokens of a micro-batch "
-                f"({rows} x seq_length) in multiples of {multiple}. Use {-(-config.data.seq_length // step) * step}."
+                f"({rows} x seq_length) in multiples of {multiple}. Use {round_up(config.data.seq_length, step)}."
             )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from nemo_tsdkd.config.integers import round_up
+
 
 class UserError(ValueError):
     """Bad input that the user can correct: the command prints its message alone and exits with status 2.
@@ -38,7 +40,7 @@ def not_negative(owner: Any, prefix: str, *names: str) -> None:
 def multiple_of(name: str, value: int, multiple: int, what: str, why: str = "") -> None:
     """`what` names the multiple in the message, `why` may follow it."""
     rule = f"must be a multiple of {what} = {multiple}{why}"
-    require(value % multiple == 0, name, value, rule, f"Use {-(-value // multiple) * multiple}.")
+    require(value % multiple == 0, name, value, rule, f"Use {round_up(value, multiple)}.")
 
 
 def share(owner: Any, prefix: str, *names: str) -> None:

@@ -8,6 +8,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from nemo_tsdkd.config.integers import round_up
 from nemo_tsdkd.data.dataset import Sample
 
 
@@ -62,7 +63,7 @@ def _pad(
     rows: Sequence[tuple[Sample, Sequence[int]]], multiple: int, pad_id: int, device: torch.device | str
 ) -> MicroBatch:
     longest = len(rows[0][0].prompt_ids) + len(rows[0][1])
-    width = -(-longest // multiple) * multiple
+    width = round_up(longest, multiple)
     tokens = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for b, (sample, response) in enumerate(rows):

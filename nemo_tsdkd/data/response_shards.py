@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nemo_tsdkd.checkpoints.atomic import read_json, write_whole
+from nemo_tsdkd.config.integers import ceil_div
 from nemo_tsdkd.config.schema import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 
@@ -67,7 +68,7 @@ class Shards:
 
     def missing(self, rows: int) -> list[int]:
         """Numbers of the shards of `rows` prompts that are not there yet."""
-        return [shard for shard in range(-(-rows // self.size)) if not self._path(shard).exists()]
+        return [shard for shard in range(ceil_div(rows, self.size)) if not self._path(shard).exists()]
 
     def rows_of(self, shard: int, rows: int) -> range:
         """Indices of the prompts, of `rows` in all, that one shard answers."""
@@ -99,5 +100,5 @@ def missing_files(folder: Path) -> list[str]:
 
 def _even_size(rows: int, copies: int) -> int:
     """At most _LARGEST, and as many files for every copy."""
-    files = copies * -(-rows // (copies * _LARGEST))
-    return -(-rows // files)
+    files = copies * ceil_div(rows, copies * _LARGEST)
+    return ceil_div(rows, files)

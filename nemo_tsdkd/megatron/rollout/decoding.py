@@ -28,6 +28,7 @@ from torch.distributed import ReduceOp
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nemo_tsdkd.config.integers import round_up
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.distributed.vocab_parallel import all_reduce
 from nemo_tsdkd.rollout.schedule import Pass
@@ -128,7 +129,7 @@ class KVCache:
 
 
 def _round_up(length: int) -> int:
-    return -(-length // _MASK_MULTIPLE) * _MASK_MULTIPLE
+    return round_up(length, _MASK_MULTIPLE)
 
 
 # The forward functions below stand in for Megatron's while decoding: the same products and sums, without autograd
