@@ -16,14 +16,14 @@ from nemo import lightning as nl
 from nemo.lightning._strategy_lib import init_model_parallel
 from torch import Tensor
 
-from nemo_tsdkd.objective import METRICS
+from nemo_tsdkd.objective import Metrics
 from nemo_tsdkd.rollout.schedule import Response
 
 if TYPE_CHECKING:
     from nemo_tsdkd.megatron.model import DistillationBatch
 
 # What the objective reports as sums over sequences and what merely counts, in the order of the reduced vector.
-PER_SEQUENCE = ("loss", *(name for name in METRICS if name != "response_tokens"))
+PER_SEQUENCE = ("loss", *(name for name in Metrics._fields if name != "response_tokens"))
 COUNTS = ("num_sequences", "response_tokens")
 
 

@@ -1,9 +1,8 @@
 """The token-selective dual distillation objective: torch only, groups are arguments."""
 
 from nemo_tsdkd.config.schema import ObjectiveConfig
-from nemo_tsdkd.objective.function import METRICS
 from nemo_tsdkd.objective.loss import tsdkd_loss, tsdkd_loss_from_hidden
-from nemo_tsdkd.objective.output import ObjectiveOutput
+from nemo_tsdkd.objective.output import Metrics, ObjectiveOutput
 from nemo_tsdkd.objective.rules import check_rules
 
-__all__ = ["METRICS", "ObjectiveConfig", "ObjectiveOutput", "check_rules", "tsdkd_loss", "tsdkd_loss_from_hidden"]
+__all__ = ["Metrics", "ObjectiveConfig", "ObjectiveOutput", "check_rules", "tsdkd_loss", "tsdkd_loss_from_hidden"]

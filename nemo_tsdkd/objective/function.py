@@ -16,22 +16,12 @@ from torch import Tensor
 from nemo_tsdkd.config.schema import ObjectiveConfig
 from nemo_tsdkd.distributed.vocab_parallel import Group, all_gather, all_reduce, group_rank, group_size, top_k_by_id
 from nemo_tsdkd.objective.heads import FusedHead, LogitsHead, Tile, compute_dtype
+from nemo_tsdkd.objective.output import Metrics
 from nemo_tsdkd.objective.sequences import SequenceLayout
 from nemo_tsdkd.objective.terms import FLOOR, SoftmaxSums, add_entropy_grad_, divergence, plackett_luce, rank_agreement
 from nemo_tsdkd.objective.weights import TokenWeights, token_weights
 
 Head = LogitsHead | FusedHead
-METRICS = (
-    "direct",
-    "indirect",
-    "entropy",
-    "student_entropy",
-    "teacher_entropy",
-    "gate_mean",
-    "opener_fraction",
-    "rank_agreement",
-    "response_tokens",
-)
 
 
 @dataclass(frozen=True)
@@ -139,7 +129,7 @@ def divergence_sums(head: Head, softmax: SoftmaxSums, beta: float, tp_group: Gro
 
 
 def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor]:
-    """(what the backward needs, METRICS as sums over sequences, number of sequences)."""
+    """(what the backward needs, `Metrics` stacked, number of sequences)."""
     config, tp_group = call.config, call.tp_group
     softmax = softmax_sums(head, tp_group)
     entropies = softmax.entropy()
@@ -150,18 +140,18 @@ def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor]:
     ranking_loss, columns_grad, agreement = indirect_term(found, config.preset == "reference", tp_group)
     sums = divergence_sums(head, softmax, config.beta, tp_group)
     student_entropy, teacher_entropy = (weights.response * entropies).sum(-1)
-    values = {
-        "direct": (weights.direct * divergence(config.beta).value(sums)).sum(),
-        "indirect": (weights.indirect[opener] * ranking_loss).sum(),
-        "entropy": (weights.entropy * entropies[0]).sum(),
-        "student_entropy": student_entropy,
-        "teacher_entropy": teacher_entropy,
-        "gate_mean": weights.gate.sum(),
-        "opener_fraction": (weights.response * (weights.opener != 0)).sum(),
-        "rank_agreement": (weights.opener[opener] * agreement).sum(),
-        "response_tokens": (weights.response != 0).to(entropies.dtype).sum(),
-    }
-    metrics = all_reduce(torch.stack([values[name] for name in METRICS]), dist.ReduceOp.SUM, call.layout.cp_group)
+    values = Metrics(
+        direct=(weights.direct * divergence(config.beta).value(sums)).sum(),
+        indirect=(weights.indirect[opener] * ranking_loss).sum(),
+        entropy=(weights.entropy * entropies[0]).sum(),
+        student_entropy=student_entropy,
+        teacher_entropy=teacher_entropy,
+        gate_mean=weights.gate.sum(),
+        opener_fraction=(weights.response * (weights.opener != 0)).sum(),
+        rank_agreement=(weights.opener[opener] * agreement).sum(),
+        response_tokens=(weights.response != 0).to(entropies.dtype).sum(),
+    )
+    metrics = all_reduce(torch.stack(values), dist.ReduceOp.SUM, call.layout.cp_group)
     saved = Saved(
         softmax=softmax,
         student_entropy=entropies[0],
@@ -212,9 +202,12 @@ class Objective(torch.autograd.Function):
         # The teacher's too: autograd frees what it saved with the backward, and finds what was changed before it.
         ctx.save_for_backward(*tensors)
         ctx.head, ctx.state, ctx.config = head.bind(*(t.new_empty(0) for t in tensors)), saved, call.config
-        direct, indirect, entropy = metrics[:3]
-        config = call.config
-        loss_sum = config.direct_weight * direct + config.indirect_kd_alpha * indirect + config.entropy_weight * entropy
+        config, terms = call.config, Metrics(*metrics)
+        loss_sum = (
+            config.direct_weight * terms.direct
+            + config.indirect_kd_alpha * terms.indirect
+            + config.entropy_weight * terms.entropy
+        )
         ctx.mark_non_differentiable(metrics, num_sequences)
         return loss_sum, metrics, num_sequences
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from nemo_tsdkd.config.schema import TILE_LOGITS, ObjectiveConfig
 from nemo_tsdkd.distributed.vocab_parallel import Group, Overlap, group_size, head_rows
-from nemo_tsdkd.objective.function import METRICS, Call, Head, Objective
+from nemo_tsdkd.objective.function import Call, Head, Objective
 from nemo_tsdkd.objective.heads import FusedHead, LogitsHead
-from nemo_tsdkd.objective.output import ObjectiveOutput
+from nemo_tsdkd.objective.output import Metrics, ObjectiveOutput
 from nemo_tsdkd.objective.rules import check_rules
 from nemo_tsdkd.objective.sequences import SequenceLayout
 
@@ -175,7 +175,13 @@ def _call(config: ObjectiveConfig, mask: Tensor, cu_seqlens: Tensor | None, tp_g
 
 def _run(call: Call, head: Head) -> ObjectiveOutput:
     loss_sum, values, num_sequences = Objective.apply(call, head, *head.tensors)
-    metrics = dict(zip(METRICS, values.unbind(), strict=True))
-    count = num_sequences.clamp(min=1)
-    terms = {name: metrics[name] / count for name in ("direct", "indirect", "entropy")}
-    return ObjectiveOutput(loss_sum / count, loss_sum, num_sequences, **terms, metrics=metrics)
+    metrics, count = Metrics(*values), num_sequences.clamp(min=1)
+    return ObjectiveOutput(
+        loss=loss_sum / count,
+        loss_sum=loss_sum,
+        num_sequences=num_sequences,
+        direct=metrics.direct / count,
+        indirect=metrics.indirect / count,
+        entropy=metrics.entropy / count,
+        metrics=metrics._asdict(),
+    )

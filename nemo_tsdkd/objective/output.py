@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
+
+
+class Metrics(NamedTuple):
+    """What the objective measures. Each is a sum over sequences of the sequence's mean, but for the last."""
+
+    direct: Tensor  # the three terms before their weights
+    indirect: Tensor
+    entropy: Tensor
+    student_entropy: Tensor  # nats a response token
+    teacher_entropy: Tensor
+    gate_mean: Tensor
+    opener_fraction: Tensor  # share of the response's tokens in the opener
+    rank_agreement: Tensor  # share of candidate pairs in the opener that both models order alike: 1 all, 0 none
+    response_tokens: Tensor  # their number
 
 
 @dataclass(frozen=True)
@@ -20,11 +35,7 @@ class ObjectiveOutput:
         loss_sum: scalar with gradient, the sum over sequences of the three terms by their weights (eq. 1).
         num_sequences: int64 scalar, sequences with at least one response token.
         direct, indirect, entropy: detached scalars, each term before its weight, mean over sequences.
-        metrics: detached scalars, each a sum over sequences of the sequence's mean:
-            `direct`, `indirect`, `entropy` (the terms before their weights), `student_entropy`, `teacher_entropy`
-            (nats a response token), `gate_mean`, `opener_fraction` (share of the response's tokens in the opener),
-            `rank_agreement` (share of candidate pairs, at opener positions, that the teacher orders as the student
-            does: 1 the same order, 0 the reverse), and `response_tokens` (a plain count).
+        metrics: detached scalars by name, the fields of `Metrics`.
     """
 
     loss: Tensor

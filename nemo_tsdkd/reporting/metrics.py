@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from nemo_tsdkd.checkpoints.atomic import write_json, write_whole
+from nemo_tsdkd.objective import Metrics
 
 matplotlib.use("Agg")  # compute nodes have no display
 from matplotlib import pyplot as plt
@@ -29,8 +30,10 @@ PLOTS = {
 }
 # What every step reports; a step may report more.
 REQUIRED = (
-    *(key for _, keys in PLOTS.values() for key in keys),
-    *("grad_norm", "lr", "response_tokens", "tokens_per_s"),
+    "loss",
+    *Metrics._fields,
+    *("rollout_s", "teacher_s", "student_s"),
+    *("grad_norm", "lr", "tokens_per_s"),
 )
 
 

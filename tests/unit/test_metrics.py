@@ -63,6 +63,10 @@ def test_what_json_cannot_hold_is_an_error(tmp_path, value):
     assert read_metrics(writer.path) == []
 
 
+def test_every_plotted_metric_is_one_that_each_step_reports():
+    assert {key for _, keys in PLOTS.values() for key in keys} <= set(REQUIRED)
+
+
 def test_a_step_must_report_every_metric(tmp_path):
     incomplete = {key: value for key, value in values(1).items() if key not in ("lr", "entropy")}
     with pytest.raises(ValueError, match="step 1 reports no entropy, lr"):
