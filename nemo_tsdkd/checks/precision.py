@@ -177,7 +177,7 @@ def _require_engine(setting: str, why: str, instead: str) -> None:
     except ImportError as error:
         raise UserError(
             f"{setting}: needs Transformer Engine, which does not import ({error}); {why}. "
-            f"Run in the NeMo container, or use {instead}."
+            f"Run in the image of docs/cluster.md, step 1, or use {instead}."
         ) from None
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
 
 from nemo_tsdkd.checkpoints.atomic import read_json
 from nemo_tsdkd.checkpoints.model_folder import is_nemo_checkpoint
@@ -17,17 +20,26 @@ from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.distributed.launch import Launch
 from nemo_tsdkd.reporting.provenance import version_of
 
-# Megatron-core 0.15 calls what numpy 2 removed, when it first saves.
-SUPPORTED = {"nemo_toolkit": "2.7.", "megatron-core": "0.15.", "numpy": "1."}
+# Another release of these than pyproject.toml asks for fails at once or after hours, or trains something else.
+DECISIVE = ("torch", "nemo_toolkit", "megatron-core", "numpy", "transformers", "lightning")
 BUSY = 2 * GIB  # our own context is half a GiB; more in use before we start is another process
 PROBE_ELEMENTS = {"nccl": 2**24, "gloo": 2**16}  # fp32 elements of an all-reduce
 
 
 def check_versions() -> None:
-    """Raise UserError unless the stack is one this package works with."""
-    for package, supported in SUPPORTED.items():
-        if not version_of(package).startswith(supported):
-            raise UserError(f"{package} is {version_of(package)}, but must be {supported}*: docs/cluster.md, step 1.")
+    """Raise UserError unless the stack is what the installed package's own requirements ask for."""
+    try:
+        requirements = [Requirement(text) for text in requires("nemo-tsdkd") or ()]
+    except PackageNotFoundError:
+        raise UserError(
+            "nemo-tsdkd is on Python's path, but not installed: its requirements cannot be read. "
+            "Install it with pip install --no-deps --editable FOLDER."
+        ) from None
+    for needed in requirements:
+        found = version_of(needed.name)
+        # A container's torch is a pre-release by its name (2.10.0a0+...).
+        if needed.name in DECISIVE and (found == "absent" or not needed.specifier.contains(found, prereleases=True)):
+            raise UserError(f"{needed.name} is {found}, but must be {needed.specifier}: docs/cluster.md, step 1.")
 
 
 def check_gpu(place: Launch, gpus_per_node: int, allow_cpu: bool) -> None:

@@ -16,7 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_tsdkd.config.schema import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 
-CONF = Path(__file__).parents[2] / "conf"
+_PACKAGE = Path(__file__).parents[1]
+# A wheel carries conf/ inside the package (setup.py); a checkout has it beside the package.
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 # Lines of Hydra's and OmegaConf's messages that speak of their classes, not of the user's fields.
 _NOISE = ("reference_type=", "object_type=", "Config search path", "provider=", "See https", "3. To sweep")
 
@@ -33,7 +35,7 @@ def config_from(args: argparse.Namespace) -> TrainConfig:
 
 
 def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> TrainConfig:
-    """The configuration `name` of `config_dir` (else of the checkout's `conf/`) with `key=value` overrides.
+    """The configuration `name` of `config_dir` (else of `conf/`) with `key=value` overrides.
 
     A configuration outside of `conf/` may build on those inside (`defaults: [train]`). Nothing in it can name code:
     only fields of the dataclasses exist.
@@ -43,7 +45,7 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | P
     """
     folder = Path(config_dir or CONF).resolve()
     if not folder.is_dir():
-        raise UserError(f"config_dir = {str(folder)!r}: no such folder. Give --config-dir; conf/ is in the checkout.")
+        raise UserError(f"config_dir = {str(folder)!r}: no such folder. Give an existing --config-dir.")
     ConfigStore.instance().store(name="schema", node=TrainConfig)
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):

@@ -1,8 +1,10 @@
 """The preflight's checks, one by one, and how ranks report; the Slurm lab runs it whole."""
 
 import json
+import re
 import shutil
 import threading
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from nemo_tsdkd.checks import probes
 from nemo_tsdkd.checks.memory import GIB
 from nemo_tsdkd.checks.preflight import Finding, Preflight, _grouped, _odd_versions
 from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.distributed.launch import Launch
 from nemo_tsdkd.reporting import provenance
 
@@ -102,14 +105,40 @@ def test_models_larger_than_the_gpu(config, monkeypatch):
     probes.check_gpu_memory(config, {"student": QWEN2_5["1.5B"], "teacher": QWEN2_5["7B"]})
 
 
-def test_another_megatron_than_the_one_that_works_is_named(monkeypatch):
-    found = {"nemo_toolkit": "2.7.3", "megatron-core": "0.15.3", "numpy": "1.26.4"}
-    monkeypatch.setattr(provenance, "version", found.__getitem__)
+def test_another_stack_than_the_one_that_works_is_named(monkeypatch):
+    asked = ["nemo_toolkit[core]==2.7.3", "megatron-core==0.15.3", "numpy<2", "torch>=2.9,<2.14", "pandas"]
+    monkeypatch.setattr(probes, "requires", {"nemo-tsdkd": [*asked, 'ruff==0.17.6; extra == "test"']}.__getitem__)
+    found = {
+        "nemo_toolkit": "2.7.3",
+        "megatron-core": "0.15.3",
+        "numpy": "1.26.4",
+        "torch": "2.10.0a0+b4e4ee81d3.nv25.12",
+    }
+
+    def version(package):
+        if package not in found:
+            raise PackageNotFoundError(package)
+        return found[package]
+
+    monkeypatch.setattr(provenance, "version", version)
     probes.check_versions()
-    for package, other in (("megatron-core", "0.16.1"), ("numpy", "2.1.0")):
-        monkeypatch.setattr(provenance, "version", {**found, package: other}.__getitem__)
-        with pytest.raises(ValueError, match=rf"{package} is {other}, but must be "):
-            probes.check_versions()
+    for package, other in (("megatron-core", "0.16.1"), ("numpy", "2.1.0"), ("torch", "2.8.0")):
+        with monkeypatch.context() as patch:
+            patch.setitem(found, package, other)
+            with pytest.raises(ValueError, match=rf"{package} is {re.escape(other)}, but must be "):
+                probes.check_versions()
+    monkeypatch.delitem(found, "nemo_toolkit")
+    with pytest.raises(ValueError, match=r"nemo_toolkit is absent, but must be ==2\.7\.3"):
+        probes.check_versions()
+
+
+def test_a_package_on_the_path_alone_has_no_requirements_to_check(monkeypatch):
+    def requires(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(probes, "requires", requires)
+    with pytest.raises(UserError, match="not installed"):
+        probes.check_versions()
 
 
 def test_a_node_that_does_not_see_the_run_folder(tmp_path):
