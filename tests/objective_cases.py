@@ -30,7 +30,9 @@ class Case:
     teacher_padding: int = 0
     cu_seqlens: tuple[int, ...] | None = None
     ties: bool = False  # logits on a coarse grid: many equal scores
+    permuted: bool = False  # the student's rows hold the same logits in another order: all entropies are equal
     scale: float = 3.0
+    longest_prompt: int = 4  # rows before a response, drawn for each sequence of a batch
     student_size: int = 5  # hidden sizes, for the fused head
     teacher_size: int = 7
     seed: int = 0
@@ -40,10 +42,15 @@ class Case:
         g = torch.Generator().manual_seed(self.seed)
         shape = (self.steps, self.batch, self.vocab_size)
         student, teacher = (self.scale * torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(2))
+        if self.permuted:
+            order = torch.rand(shape, generator=g).argsort(-1)
+            student = student[:1, :1].expand(shape).gather(-1, order)
         if self.ties:
             student, teacher = student.round(), teacher.round()
         mask = torch.rand(self.steps, self.batch, generator=g) < 0.6
-        mask[0] = True
+        begin = torch.randint(0, min(self.longest_prompt, self.steps - 1) + 1, (self.batch,), generator=g)
+        step = torch.arange(self.steps).unsqueeze(-1)
+        mask = mask & (step > begin) | (step == begin)
         if self.batch > 1:
             mask[:, -1] = False
         if self.cu_seqlens:
@@ -118,29 +125,32 @@ def error(value: Tensor, target: Tensor, scale: Tensor | float = 1e-2) -> float:
 
 
 def is_decided(case: Case, dtype: torch.dtype) -> bool:
-    """Whether rounding in `dtype` cannot turn a choice: no entropy or running sum lies on a rule's boundary.
-
-    Logits on a grid make equal entropies likely, and which of two equal sums is larger is nobody's to say.
-    """
+    """Whether rounding in `dtype` cannot turn a choice: no entropy or running sum lies at the edge of what counts as
+    equal to the deciding one. Equal ones, which logits on a grid make likely, lie well inside."""
     x, c = case.tensors(dtype), case.config
-    margin = 1e3 * torch.finfo(dtype).eps
     h = oracle.entropy((x["student"].double() / c.temperature).log_softmax(-1))
+    rounded = oracle.entropy((x["student"] / c.temperature).double().log_softmax(-1))
+    if not bool((rounded - h).abs().max() < oracle.SLACK / 4):
+        return False
     if c.preset == "reference":
         chosen = h[x["mask"]]
-        boundary = [(h - torch.quantile(chosen, c.threshold)).abs().min()]
+        q = torch.quantile(chosen, c.threshold)
+        edges = [(h - q + oracle.SLACK * (1 + q)).abs().min() / (1 + q)]
         sequences = [h.T[x["mask"].T]]
     else:
         bounds = case.cu_seqlens or (0, case.steps)
         spans = [slice(*span) for span in pairwise(bounds)]
         sequences = [h[s, b][x["mask"][s, b]] for s in spans for b in range(case.batch)]
         sequences = [q for q in sequences if len(q)]
-        counts = [len(oracle.uncertain_positions(q.tolist(), c.entropy_fraction)) for q in sequences]
-        ordered = [(q.sort(descending=True).values, k) for q, k in zip(sequences, counts, strict=True)]
-        boundary = [q[k - 1] - q[k] for q, k in ordered if 0 < k < len(q)]
+        edges = []
+        for q in sequences:
+            if count := len(oracle.uncertain_positions(q.tolist(), c.entropy_fraction)):
+                least = q.sort(descending=True).values[count - 1]
+                edges.append(((q - least).abs() / (1 + least) - oracle.SLACK).abs().min())
     for q in sequences:
-        share = q.cumsum(0) / q.sum() - c.threshold
-        boundary.append(share.abs().min() if len(q) > 1 and c.threshold < 1 else torch.tensor(1.0))
-    return all(bool(b > margin) for b in boundary)
+        sums = q.cumsum(0)[:-1] - c.threshold * q.sum()  # the last sum is the whole: no choice hangs on it
+        edges += [(sums / (q.sum() + len(q)) + oracle.SLACK).abs().min()] if len(sums) else []
+    return all(bool(edge > oracle.SLACK / 4) for edge in edges)
 
 
 def presets(**fields) -> dict[str, ObjectiveConfig]:

@@ -13,6 +13,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+# Entropies closer than SLACK * (1 + H) count as equal (docs/math.md): rounding alone could part them.
+SLACK = 2.0**-19
+
 
 def entropy(log_p: Tensor) -> Tensor:
     return -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1)
@@ -49,13 +52,19 @@ def opener_length(h: list[float], c: float) -> int:
     total, running = math.fsum(h), 0.0
     for m in range(1, len(h) + 1):
         running = math.fsum(h[:m])
-        if running >= c * total:
+        if running >= c * total - SLACK * (total + len(h)):
             return m
     return len(h)
 
 
 def uncertain_positions(h: list[float], fraction: float) -> list[int]:
-    return sorted(range(len(h)), key=lambda i: (-h[i], i))[: math.ceil(Fraction(str(fraction)) * len(h))]
+    count = math.ceil(Fraction(str(fraction)) * len(h))
+    if not count:
+        return []
+    least = sorted(h)[-count]
+    above = [i for i, value in enumerate(h) if value > least + SLACK * (1 + least)]
+    tied = [i for i, value in enumerate(h) if abs(value - least) <= SLACK * (1 + least)]
+    return above + tied[: count - len(above)]
 
 
 def sequence_terms(z: Tensor, t: Tensor, config) -> dict[str, Tensor]:
@@ -91,10 +100,11 @@ def reference_loss(z: Tensor, t: Tensor, mask: Tensor, config) -> Tensor:
     h = h_s.detach()[mask]
     # As if every row's prompt had been cut off, and the batch were as long as its longest response.
     column = torch.arange(mask.shape[1]) - mask.int().argmax(1)[:, None]
-    chosen = (h_s.detach() >= torch.quantile(h, config.threshold)) & (column >= 0) & (column <= column[mask].max())
-    d = int(((h / h.sum()).cumsum(0) >= config.threshold).nonzero()[0])
+    q = torch.quantile(h, config.threshold)
+    chosen = (h_s.detach() >= q - SLACK * (1 + q)) & (column >= 0) & (column <= column[mask].max())
+    d = opener_length(h.tolist(), config.threshold) - 1
     losses = []
-    for b, s in mask[:, :d].nonzero().tolist():
+    for b, s in (mask & (column < d)).nonzero().tolist():
         ranking = teacher_ranking(z[b, s].detach(), t[b, s], config.top_k)
         losses += [plackett_luce(z[b, s], ranking[::-1])]
     indirect = torch.stack(losses).mean() if losses else z.new_zeros(())

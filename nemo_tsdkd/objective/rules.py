@@ -6,8 +6,11 @@ a boolean choice (the term is the mean over the chosen tokens of a sequence) or 
 mean over all of the sequence's response). `objective.opener_rule`, `entropy_rule` and `gate_rule` name the rules of
 the indirect, the entropy and the direct term; any rule serves in any place.
 
-Rules see entropies that are bit-equal on all tensor-parallel ranks and return the same choice on each, in any layout:
-sums that are compared are taken in integers, and ties go to the earlier position.
+What is promised: all ranks of a layout choose the same, for they see bit-equal entropies and compare sums of integers.
+Two layouts add logits up in another order, which moves an entropy by its last digits. So that they choose the same
+too, entropies within `tokens.slack` of the one that decides count as equal to it, and the earlier position goes first;
+a running sum reaches its share where that slack is all it lacks. Equal logits then give equal choices in any layout,
+unless an entropy (or a sum) lies within rounding, 2^-21 (1 + H), of the edge of the slack itself.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from nemo_tsdkd.config.schema import ObjectiveConfig
 from nemo_tsdkd.config.validation import UserError
-from nemo_tsdkd.objective.tokens import Tokens, fixed_point
+from nemo_tsdkd.objective.tokens import SLACK, Tokens, fixed_point, slack
 
 Rule = Callable[[Tokens, ObjectiveConfig], Tensor]
 RULES: dict[str, Rule] = {}
@@ -52,21 +55,23 @@ def check_rules(config: ObjectiveConfig) -> None:
 def cumulative_entropy(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
     """The opener (eq. 6): the shortest prefix that holds the share `threshold` of the response's student entropy."""
     entropy = fixed_point(tokens.student_entropy)
-    # Half a unit less, for a product of floats may exceed the exact share: 7 % of 100 equal entropies are 7, not 8.
-    return tokens.is_first | (tokens.before(entropy) < config.threshold * tokens.total(entropy).double() - 0.5)
+    total, length = tokens.total(entropy).double(), tokens.last - tokens.first + 1
+    return tokens.is_first | (tokens.before(entropy) < config.threshold * total - SLACK * (total + length * 2.0**32))
 
 
 @rule("top_fraction")
 def top_fraction(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
     """The `ceil(entropy_fraction * L)` tokens of each response with the largest student entropy (eq. 7)."""
-    order = tokens.student_entropy.sort(dim=0, descending=True, stable=True).indices
-    order = order[tokens.sequence[order].sort(dim=0, stable=True).indices]
-    place = torch.arange(len(order), device=order.device) - tokens.first
-    length = tokens.last - tokens.first + 1
-    chosen = torch.empty_like(tokens.response)
+    entropy, length = tokens.student_entropy, tokens.last - tokens.first + 1
     # Less 1e-9: as floats 0.07 * 100 is more than 7, and its ceiling 8.
-    chosen[order] = place < torch.ceil(config.entropy_fraction * length.double() - 1e-9)
-    return chosen
+    count = torch.ceil(config.entropy_fraction * length.double() - 1e-9).long()
+    order = entropy.sort(dim=0, descending=True, stable=True).indices
+    order = order[tokens.sequence[order].sort(dim=0, stable=True).indices]
+    least = entropy[order][tokens.first + (count - 1).clamp(min=0)]  # the last one chosen, of each token's sequence
+    # Negated, so that NaN is chosen and shows in the loss.
+    above = ~(entropy <= least + slack(least))
+    tied = ~above & (entropy >= least - slack(least))
+    return (count > 0) & (above | (tied & (tokens.before(tied.long()) < count - tokens.total(above))))
 
 
 @rule("confidence")

@@ -48,6 +48,16 @@ class Tokens:
         return running - running[self.first]
 
 
+# Sums in another order, over other shards or tiles, move an entropy H by up to 2^-21 (1 + H) nats in fp32 (largest of
+# 64 rows of 152,064 logits at five scales, cut for TP 1 to 8). What lies closer together counts as equal.
+SLACK = 2.0**-19
+
+
+def slack(entropy: Tensor) -> Tensor:
+    """Nats [n] by which entropies [n] may differ and still count as equal."""
+    return SLACK * (1 + entropy)
+
+
 def fixed_point(entropy: Tensor) -> Tensor:
-    """Nats [n] as integers whose sum is the same in every order and layout; 2^-32 nats is below fp32's error."""
+    """Nats [n] as integers of 2^-32 nats, below fp32's error: their sum is exact, in any order."""
     return (entropy.double() * 2.0**32).round().long()

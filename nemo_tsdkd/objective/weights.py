@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_tsdkd.config.schema import ObjectiveConfig
 from nemo_tsdkd.objective.rules import RULES, confidence
-from nemo_tsdkd.objective.tokens import Tokens, fixed_point
+from nemo_tsdkd.objective.tokens import SLACK, Tokens, fixed_point, slack
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def _reference(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
     response, entropy = tokens.response, tokens.student_entropy
     h = entropy[response]
     running = fixed_point(h).cumsum(0)
-    opener_columns = (running < config.threshold * running[-1:].double()).sum()
+    total = running[-1:].double()
+    opener_columns = (running < config.threshold * total - SLACK * (total + len(h) * 2.0**32)).sum()
     # The public trainer cuts its prompts off first: its column 0 is the row's first response position.
     begins = response & (tokens.before(response.long()) == 0)
     column = tokens.position - tokens.total(torch.where(begins, tokens.position, 0))
@@ -71,7 +72,8 @@ def _reference(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
     uncertain = response
     if len(h):
         inside = (column >= 0) & (column <= column[response].max())
-        uncertain = inside & (entropy >= torch.quantile(h, config.threshold))
+        quantile = torch.quantile(h, config.threshold)
+        uncertain = inside & ~(entropy < quantile - slack(quantile))
     gate = confidence(tokens, config) * response
 
     def mean(chosen: Tensor, value: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ CASES = {
     "teacher_wider": Case(teacher_padding=14),
     "top_k_above_shard": Case(ObjectiveConfig(top_k=8, tile_logits=27), vocab_size=9, ties=True, teacher_padding=1),
     "empty_shard": Case(ObjectiveConfig(top_k=6, threshold=0.5), vocab_size=9, student_padding=1, scale=1.0),
+    "equal_entropies": Case(ObjectiveConfig(top_k=5, threshold=0.5), vocab_size=151, permuted=True, ties=True),
     "packed": Case(steps=40, batch=1, cu_seqlens=EVEN_PACKED, student_padding=2),
     "no_response": Case(steps=8, batch=1, cu_seqlens=(0, 0, 8)),
 }

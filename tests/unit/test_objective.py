@@ -70,6 +70,8 @@ def drawn_cases(draw) -> Case:
         teacher_padding=draw(st.integers(0, 3)),
         cu_seqlens=(0, *bounds, steps, steps) if packed else None,
         ties=draw(st.booleans()),
+        permuted=draw(st.booleans()),
+        longest_prompt=draw(st.integers(0, 9)),
         scale=draw(st.sampled_from([0.5, 3.0, 12.0])),
         seed=draw(st.integers(0, 2**16)),
     )
