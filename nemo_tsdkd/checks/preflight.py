@@ -21,7 +21,7 @@ from pathlib import Path
 
 from nemo_tsdkd.checks import probes
 from nemo_tsdkd.checks.precision import check_engine
-from nemo_tsdkd.checks.setup import check_fields, check_ranks, check_setup
+from nemo_tsdkd.checks.setup import check_fields, check_files, check_ranks
 from nemo_tsdkd.config.compose import add_config_arguments, config_from
 from nemo_tsdkd.config.schema import TrainConfig
 from nemo_tsdkd.distributed.launch import Launch, environment, hosts
@@ -105,7 +105,7 @@ class Preflight:
         probes.check_gpu(self.place, self.config.parallel.gpus_per_node, self.allow_cpu)
         check_engine(self.config)
         if self.place.local_rank == 0:  # the node's other ranks see the same disks
-            shapes = check_setup(self.config)
+            shapes = check_files(self.config)
             probes.check_gpu_memory(self.config, shapes)
             for model in (self.config.student, self.config.teacher):
                 probes.check_weights(Path(model.path))

@@ -27,12 +27,17 @@ def check_setup(config: TrainConfig, batch: bool = True) -> dict[str, ModelShape
         UserError: the first rule that does not hold, as field, value, rule and fix.
     """
     check_fields(config, batch)
+    return check_files(config)
+
+
+def check_files(config: TrainConfig) -> dict[str, ModelShape]:
+    """The part of `check_setup` that reads the models' and the data's files. Returns and raises as it does."""
     shapes = {}
     for which, path in (("student", Path(config.student.path)), ("teacher", Path(config.teacher.path))):
         if _require_model(which, path):
             shapes[which] = shape = ModelShape.of_folder(path)
             check_model_fits(shape, config.parallel, which)
-            config.objective.validate(vocab_size=shape.vocab)
+            config.objective.validate_vocabulary(shape.vocab)
     check_data(config.data)
     if len(shapes) == 2:
         check_shapes(config, **shapes)

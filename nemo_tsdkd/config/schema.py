@@ -55,7 +55,7 @@ class ObjectiveConfig:
     head: str = "logits"  # logits | fused: fused never holds a [tokens, V/TP] tensor
     tile_logits: int = 0  # fp32 logits of one model that a rank works on at once; 0: TILE_LOGITS of its device
 
-    def validate(self, vocab_size: int | None = None) -> None:
+    def validate(self) -> None:
         """Raise UserError on the first field that breaks its rule. Selection rules are checked by their registry."""
         validation.one_of("objective.preset", self.preset, list(PRESETS))
         validation.one_of("objective.head", self.head, HEADS)
@@ -71,14 +71,16 @@ class ObjectiveConfig:
             self, "objective.", "indirect_kd_alpha", "direct_weight", "entropy_weight", "tile_logits"
         )
         validation.positive(self, "objective.", "top_k", "gate_temperature", "temperature")
-        if vocab_size is not None:
-            validation.require(
-                self.top_k <= vocab_size,
-                "objective.top_k",
-                self.top_k,
-                f"must not exceed the vocabulary ({vocab_size} tokens)",
-                "Lower top_k.",
-            )
+
+    def validate_vocabulary(self, vocab_size: int) -> None:
+        """Raise UserError unless a vocabulary of `vocab_size` tokens has `top_k` candidates."""
+        validation.require(
+            self.top_k <= vocab_size,
+            "objective.top_k",
+            self.top_k,
+            f"must not exceed the vocabulary ({vocab_size} tokens)",
+            "Lower top_k.",
+        )
 
     def resolved(self) -> ObjectiveConfig:
         """With the preset's fields set."""

@@ -33,7 +33,7 @@ from nemo_tsdkd.megatron.gpt import (
 )
 from nemo_tsdkd.megatron.rollout.generation import generate
 from nemo_tsdkd.megatron.teacher import Teacher
-from nemo_tsdkd.objective import ObjectiveOutput, tsdkd_loss, tsdkd_loss_from_hidden
+from nemo_tsdkd.objective import ObjectiveOutput, resolve_objective, tsdkd_loss, tsdkd_loss_from_hidden
 from nemo_tsdkd.rollout.sampling import on_policy
 from nemo_tsdkd.rollout.schedule import Response, interleave
 
@@ -83,6 +83,7 @@ class TSDKDModel(llm.GPTModel):
         self.checkpoints = checkpoints
         self.vocabulary = vocabulary
         self.resumes = resumes
+        self._objective = resolve_objective(run.objective)
         self._responses: list[Response] = []
         self._writers: ProcessGroup | None = None
         self._loss_reduction = TSDKDLoss(self.loss)
@@ -181,7 +182,7 @@ class TSDKDModel(llm.GPTModel):
 
     def loss(self, batch: DistillationBatch, hidden: Tensor) -> ObjectiveOutput:
         """The objective on one micro-batch, from the final hidden states of both models and their heads."""
-        student, config = unwrap(self.module), self.run.objective
+        student, objective = unwrap(self.module), self._objective
         teacher_hidden = self.teacher.dense(batch.micro_batch, batch.teacher_hidden)
         common: dict[str, Any] = {
             "vocab_size": self.vocabulary.size,
@@ -189,7 +190,7 @@ class TSDKDModel(llm.GPTModel):
             "cp_group": parallel_state.get_context_parallel_group(),
         }
         mask = batch.micro_batch["response_mask"].t()
-        if config.head == "fused":
+        if objective.config.head == "fused":
             weight = head_weight(student)
             return tsdkd_loss_from_hidden(
                 hidden.to(weight.dtype),
@@ -197,7 +198,7 @@ class TSDKDModel(llm.GPTModel):
                 teacher_hidden,
                 self.teacher.head_weight,
                 mask,
-                config,
+                objective,
                 sequence_parallel=self.config.sequence_parallel,
                 **common,
             )
@@ -205,7 +206,7 @@ class TSDKDModel(llm.GPTModel):
             teacher_logits = vocab_parallel_logits(self.teacher.module, teacher_hidden)
         student_logits = vocab_parallel_logits(student, hidden)
         # Nobody else reads them, and a linear layer's backward needs no output: the gradient may take their place.
-        return tsdkd_loss(student_logits, teacher_logits, mask, config, overwrite_student_logits=True, **common)
+        return tsdkd_loss(student_logits, teacher_logits, mask, objective, overwrite_student_logits=True, **common)
 
     @property
     def training_loss_reduction(self) -> MegatronLossReduction:

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from nemo_tsdkd.checkpoints.manifest import step_of
 from nemo_tsdkd.checkpoints.shape import padded_vocab_size
 from nemo_tsdkd.checks.precision import check_engine, model_settings, plugin_settings
-from nemo_tsdkd.checks.setup import check_setup
 from nemo_tsdkd.config.schema import TrainConfig
 from nemo_tsdkd.data.dataset import PromptDataset
 from nemo_tsdkd.data.tokenizer import Vocabulary, check_same_tokenizer, load_tokenizer
@@ -32,14 +31,14 @@ from nemo_tsdkd.reporting.provenance import save_provenance
 
 
 def train(config: TrainConfig) -> None:
-    """Run or resume the distillation of `config` on this rank.
+    """Run or resume the distillation of `config` on this rank. Call `check_setup(config)` first, as the command does
+    before NeMo is imported.
 
     Raises:
-        UserError: a configuration, checkpoint or data set that cannot be trained, before any model is built.
+        UserError: a GPU, checkpoint or data set with which `config` cannot be trained, before any model is built.
         FloatingPointError: a loss or gradient that is not finite, on every rank.
         OSError: the run's disk is full.
     """
-    check_setup(config)
     check_engine(config)
     run_dir = Path(config.run_dir)
     checkpoints = RunCheckpoints(run_dir, config.checkpoint)
@@ -89,7 +88,7 @@ def build_model(config: TrainConfig, vocabulary: Vocabulary, run_dir: Path, resu
     student, teacher = resolve(config.student.path, cache), resolve(config.teacher.path, cache)
     student_config, teacher_config = gpt_config(student), gpt_config(teacher)
     vocabulary.require_rows(student=student_config.vocab_size, teacher=teacher_config.vocab_size)
-    config.objective.validate(vocab_size=vocabulary.size)
+    config.objective.validate_vocabulary(vocabulary.size)
     set_layout(student_config, config, model_settings(config.precision.name, config.precision.first_last_layers_bf16))
     set_layout(teacher_config, config, model_settings(config.teacher.precision))
     width = padded_vocab_size(

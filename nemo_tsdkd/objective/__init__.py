@@ -3,6 +3,16 @@
 from nemo_tsdkd.config.schema import ObjectiveConfig
 from nemo_tsdkd.objective.loss import tsdkd_loss, tsdkd_loss_from_hidden
 from nemo_tsdkd.objective.output import Metrics, ObjectiveOutput
+from nemo_tsdkd.objective.resolve import ResolvedObjective, resolve_objective
 from nemo_tsdkd.objective.rules import check_rules
 
-__all__ = ["Metrics", "ObjectiveConfig", "ObjectiveOutput", "check_rules", "tsdkd_loss", "tsdkd_loss_from_hidden"]
+__all__ = [
+    "Metrics",
+    "ObjectiveConfig",
+    "ObjectiveOutput",
+    "ResolvedObjective",
+    "check_rules",
+    "resolve_objective",
+    "tsdkd_loss",
+    "tsdkd_loss_from_hidden",
+]

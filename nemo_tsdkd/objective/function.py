@@ -17,18 +17,19 @@ from nemo_tsdkd.config.schema import ObjectiveConfig
 from nemo_tsdkd.distributed.vocab_parallel import Group, all_gather, all_reduce, group_rank, group_size, top_k_by_id
 from nemo_tsdkd.objective.heads import FusedHead, LogitsHead, Tile, compute_dtype
 from nemo_tsdkd.objective.output import Metrics
+from nemo_tsdkd.objective.resolve import ResolvedObjective
 from nemo_tsdkd.objective.sequences import SequenceLayout
 from nemo_tsdkd.objective.terms import FLOOR, SoftmaxSums, add_entropy_grad_, divergence, plackett_luce, rank_agreement
-from nemo_tsdkd.objective.weights import TokenWeights, token_weights
+from nemo_tsdkd.objective.weights import TokenWeights
 
 Head = LogitsHead | FusedHead
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a call computes and where: resolved config, this rank's mask [S, B], n tokens (s * B + b), the groups."""
+    """What a call computes and where: the objective, this rank's mask [S, B], n tokens (s * B + b), the groups."""
 
-    config: ObjectiveConfig
+    objective: ResolvedObjective
     mask: Tensor
     index: Tensor
     layout: SequenceLayout
@@ -130,14 +131,14 @@ def divergence_sums(head: Head, softmax: SoftmaxSums, beta: float, tp_group: Gro
 
 def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor]:
     """(what the backward needs, `Metrics` stacked, number of sequences)."""
-    config, tp_group = call.config, call.tp_group
+    config, arithmetic, tp_group = call.objective.config, call.objective.arithmetic, call.tp_group
     softmax = softmax_sums(head, tp_group)
     entropies = softmax.entropy()
     tokens, place = call.layout.gather(call.mask, call.index, entropies)
-    weights = TokenWeights(*call.layout.local(token_weights(tokens, config).stack(), place, call.index))
+    weights = TokenWeights(*call.layout.local(arithmetic.token_weights(tokens, config).stack(), place, call.index))
     opener = (weights.indirect != 0).nonzero().flatten()
     found = candidates(head.take(opener), config.top_k, tp_group)
-    ranking_loss, columns_grad, agreement = indirect_term(found, config.preset == "reference", tp_group)
+    ranking_loss, columns_grad, agreement = indirect_term(found, arithmetic.reverses_ranking, tp_group)
     sums = divergence_sums(head, softmax, config.beta, tp_group)
     student_entropy, teacher_entropy = (weights.response * entropies).sum(-1)
     values = Metrics(
@@ -201,8 +202,8 @@ class Objective(torch.autograd.Function):
         saved, metrics, num_sequences = evaluate(head.bind(*tensors), call)
         # The teacher's too: autograd frees what it saved with the backward, and finds what was changed before it.
         ctx.save_for_backward(*tensors)
-        ctx.head, ctx.state, ctx.config = head.bind(*(t.new_empty(0) for t in tensors)), saved, call.config
-        config, terms = call.config, Metrics(*metrics)
+        ctx.head, ctx.state, ctx.config = head.bind(*(t.new_empty(0) for t in tensors)), saved, call.objective.config
+        config, terms = call.objective.config, Metrics(*metrics)
         loss_sum = (
             config.direct_weight * terms.direct
             + config.indirect_kd_alpha * terms.indirect

@@ -10,7 +10,7 @@ from nemo_tsdkd.distributed.vocab_parallel import Group, Overlap, group_size, he
 from nemo_tsdkd.objective.function import Call, Head, Objective
 from nemo_tsdkd.objective.heads import FusedHead, LogitsHead
 from nemo_tsdkd.objective.output import Metrics, ObjectiveOutput
-from nemo_tsdkd.objective.rules import check_rules
+from nemo_tsdkd.objective.resolve import ResolvedObjective, resolve_objective
 from nemo_tsdkd.objective.sequences import SequenceLayout
 
 
@@ -18,7 +18,7 @@ def tsdkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     response_mask: Tensor,
-    config: ObjectiveConfig,
+    config: ObjectiveConfig | ResolvedObjective,
     *,
     vocab_size: int | None = None,
     tp_group: Group = None,
@@ -35,7 +35,7 @@ def tsdkd_loss(
         student_logits: [S, B, V_local], Megatron's layout; any float dtype. Computed in fp32, or fp64 where it is.
         teacher_logits: [S, B, V_local of the teacher]; its padded width may differ. Gets no gradient.
         response_mask: [S, B], true where the position predicts a response token.
-        config: the objective's fields; its preset is applied here.
+        config: the objective's fields; checked and their preset applied here, or once by `resolve_objective(config)`.
         vocab_size: true token ids; columns from there on are padding, without probability and with zero gradient.
             None: all columns that both models have.
         tp_group: ranks that share the vocabulary; None for dense logits.
@@ -51,8 +51,8 @@ def tsdkd_loss(
     """
     _check_shapes(response_mask, student_logits=student_logits, teacher_logits=teacher_logits)
     vocab_size, overlap = _vocabulary(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1], tp_group)
-    config = _checked(config, vocab_size)
-    call = _call(config, response_mask, cu_seqlens, tp_group, cp_group)
+    objective = _resolved(config, vocab_size)
+    call = _call(objective, response_mask, cu_seqlens, tp_group, cp_group)
     # Rows of tokens: a view in Megatron's layout.
     student, teacher = student_logits.flatten(0, 1), teacher_logits.detach().flatten(0, 1)
     left, right = overlap.exchange([teacher[call.index, first:end].T for first, end in overlap.send], tp_group)
@@ -63,8 +63,8 @@ def tsdkd_loss(
         right.T,
         call.index,
         overlap,
-        config.temperature,
-        _tile_logits(config, student),
+        objective.config.temperature,
+        _tile_logits(objective.config, student),
         overwrite_student_logits,
     )
     return _run(call, head)
@@ -76,7 +76,7 @@ def tsdkd_loss_from_hidden(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     response_mask: Tensor,
-    config: ObjectiveConfig,
+    config: ObjectiveConfig | ResolvedObjective,
     *,
     vocab_size: int | None = None,
     tp_group: Group = None,
@@ -106,8 +106,8 @@ def tsdkd_loss_from_hidden(
     _check_weight("student", student_hidden, student_weight)
     _check_weight("teacher", teacher_hidden, teacher_weight)
     vocab_size, overlap = _vocabulary(vocab_size, len(student_weight), len(teacher_weight), tp_group)
-    config = _checked(config, vocab_size)
-    call = _call(config, response_mask, cu_seqlens, tp_group, cp_group)
+    objective = _resolved(config, vocab_size)
+    call = _call(objective, response_mask, cu_seqlens, tp_group, cp_group)
     weight = teacher_weight.detach()
     left, right = overlap.exchange([weight[first:end] for first, end in overlap.send], tp_group)
     head = FusedHead(
@@ -116,8 +116,8 @@ def tsdkd_loss_from_hidden(
         head_rows(teacher_hidden.detach(), call.index, tp_group, sequence_parallel),
         (left, weight[slice(*overlap.own)], right),
         overlap,
-        config.temperature,
-        _tile_logits(config, student_hidden),
+        objective.config.temperature,
+        _tile_logits(objective.config, student_hidden),
     )
     return _run(call, head)
 
@@ -126,10 +126,10 @@ def _tile_logits(config: ObjectiveConfig, tensor: Tensor) -> int:
     return config.tile_logits or TILE_LOGITS["cuda" if tensor.is_cuda else "cpu"]
 
 
-def _checked(config: ObjectiveConfig, vocab_size: int) -> ObjectiveConfig:
-    config.validate(vocab_size)
-    check_rules(config)
-    return config.resolved()
+def _resolved(config: ObjectiveConfig | ResolvedObjective, vocab_size: int) -> ResolvedObjective:
+    objective = config if isinstance(config, ResolvedObjective) else resolve_objective(config)
+    objective.config.validate_vocabulary(vocab_size)
+    return objective
 
 
 def _check_shapes(mask: Tensor, split: int = 1, **tensors: Tensor) -> None:
@@ -159,17 +159,18 @@ def _vocabulary(vocab_size: int | None, student_width: int, teacher_width: int, 
     return vocab_size, Overlap.between(vocab_size, student_width, teacher_width, group)
 
 
-def _call(config: ObjectiveConfig, mask: Tensor, cu_seqlens: Tensor | None, tp_group: Group, cp_group: Group) -> Call:
-    if config.preset == "reference" and cu_seqlens is not None:
+def _call(
+    objective: ResolvedObjective, mask: Tensor, cu_seqlens: Tensor | None, tp_group: Group, cp_group: Group
+) -> Call:
+    if cu_seqlens is not None and not objective.arithmetic.has_packed_form:
         raise ValueError(
-            "objective.preset = 'reference' with packed rows: its opener is one column of a batch of rows. "
-            "Leave cu_seqlens out, or use preset paper."
+            f"objective.preset = {objective.config.preset!r} with packed rows: its opener is one column of a batch of "
+            "rows. Leave cu_seqlens out, or use preset paper."
         )
     mask = mask.bool()
-    # The reference preset trains padding positions too, so it reads them all.
-    tokens = torch.ones_like(mask) if config.preset == "reference" else mask
+    tokens = torch.ones_like(mask) if objective.arithmetic.trains_padding else mask
     return Call(
-        config, mask, tokens.flatten().nonzero().flatten(), SequenceLayout.of(mask, cu_seqlens, cp_group), tp_group
+        objective, mask, tokens.flatten().nonzero().flatten(), SequenceLayout.of(mask, cu_seqlens, cp_group), tp_group
     )
 
 

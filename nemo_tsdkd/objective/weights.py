@@ -27,18 +27,14 @@ class TokenWeights:
         return torch.stack([getattr(self, field.name) for field in fields(self)])
 
 
-def token_weights(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
-    """Weights under a resolved config (`ObjectiveConfig.resolved`) whose rules are registered (`check_rules`)."""
-    return _reference(tokens, config) if config.preset == "reference" else _per_sequence(tokens, config)
-
-
 def _mean(tokens: Tokens, value: Tensor) -> Tensor:
     """A rule's value as weights of a mean within each sequence (rules.py states the two kinds)."""
     over = tokens.total(value if value.dtype == torch.bool else tokens.response)
     return value.to(tokens.student_entropy.dtype) / over.clamp(min=1)
 
 
-def _per_sequence(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
+def paper_weights(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
+    """The paper's: each term is the mean over sequences of a mean within the sequence. Rules must be registered."""
     gate = RULES[config.gate_rule](tokens, config)
     opener = RULES[config.opener_rule](tokens, config)
     uncertain = RULES[config.entropy_rule](tokens, config)
@@ -53,7 +49,7 @@ def _per_sequence(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
     )
 
 
-def _reference(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
+def reference_weights(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
     """The public trainer's arithmetic (docs/math.md): one mean over the call's tokens, one opener column for all rows.
 
     Here `tokens` are all positions of the call, since the public entropy term trains the padding too: every row from

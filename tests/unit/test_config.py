@@ -216,9 +216,9 @@ def test_off_policy_needs_no_room_for_new_tokens():
 
 def test_top_k_above_the_vocabulary():
     objective = tiny("objective.top_k=101").objective
-    objective.validate(vocab_size=101)
+    objective.validate_vocabulary(101)
     with pytest.raises(ValueError, match=r"objective.top_k = 101: must not exceed the vocabulary \(100 tokens\)"):
-        objective.validate(vocab_size=100)
+        objective.validate_vocabulary(100)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_tsdkd.objective import ObjectiveConfig, tsdkd_loss, tsdkd_loss_from_hidden
+from nemo_tsdkd.objective import ObjectiveConfig, resolve_objective, tsdkd_loss, tsdkd_loss_from_hidden
 
 STUDENT, TEACHER, MASK = torch.zeros(8, 2, 12), torch.zeros(8, 2, 16), torch.ones(8, 2, dtype=torch.bool)
 HIDDEN, WEIGHT = torch.zeros(8, 2, 4), torch.zeros(12, 4)
@@ -39,6 +39,15 @@ def test_the_reference_preset_has_no_packed_form():
     with pytest.raises(ValueError, match=r"objective.preset = 'reference' with packed rows"):
         rows = (x[:, :1] for x in (STUDENT, TEACHER, MASK))
         tsdkd_loss(*rows, ObjectiveConfig(preset="reference"), cu_seqlens=torch.tensor([0, 8]))
+
+
+def test_a_resolved_objective_is_checked_once_for_all_calls(monkeypatch):
+    config = ObjectiveConfig(preset="reference", top_k=4)
+    resolved, expected = resolve_objective(config), tsdkd_loss(STUDENT, TEACHER, MASK, config)
+    with pytest.raises(ValueError, match=r"objective.top_k = 4: must not exceed the vocabulary \(3 tokens\)"):
+        tsdkd_loss(STUDENT, TEACHER, MASK, resolved, vocab_size=3)  # the vocabulary is the call's, not the objective's
+    monkeypatch.setattr(ObjectiveConfig, "validate", lambda self: pytest.fail("checked again"))
+    assert tsdkd_loss(STUDENT, TEACHER, MASK, resolved).metrics == expected.metrics
 
 
 def test_the_fused_head_checks_hidden_states_and_weights():
