@@ -19,8 +19,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 HAS_GPU = Path("/proc/driver/nvidia/version").exists()  # torch would have to ask CUDA
@@ -42,6 +44,17 @@ def fork_context() -> Any:
         mp.set_forkserver_preload(PRELOAD)
         _context = mp.get_context("forkserver")
     return _context
+
+
+def start_anew(preload: list[str], path: list[Path]) -> None:
+    """End the fork server, which cannot change its mind, and begin one that imports `preload`, also from `path`."""
+    global PRELOAD, _context
+    PRELOAD, _context = preload, None
+    forkserver._forkserver._stop()
+    search = os.pathsep.join([*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with mock.patch.dict(os.environ, PYTHONPATH=search):
+        fork_context()
+        forkserver.ensure_running()
 
 
 def free_port() -> int:

@@ -20,14 +20,23 @@ import torch
 
 logger = logging.getLogger(__name__)
 _installed = False
+# Fields of Megatron's TransformerConfig that ask for CUDA kernels; off in every model while the stand-in is active.
+missing_kernels: tuple[str, ...] = ()
+_CUDA_KERNELS = (
+    "apply_rope_fusion",
+    "gradient_accumulation_fusion",
+    "persist_layer_norm",
+    "bias_activation_fusion",
+    "masked_softmax_fusion",
+)
 
 
 def install() -> bool:
     """Map CUDA to the CPU once per process. Returns whether the stand-in is active."""
-    global _installed
+    global _installed, missing_kernels
     if _installed or torch.cuda.is_available():
         return _installed
-    _installed = True
+    _installed, missing_kernels = True, _CUDA_KERNELS
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it for sequence parallelism
     # Megatron's jit_fuser compiles at import: without a GPU that costs a C++ compiler and minutes, for nothing.
     torch.compile = lambda model=None, *a, **k: model if model is not None else (lambda f: f)
@@ -220,10 +229,13 @@ def _local_norm() -> None:
 
 
 def _adam_state() -> None:
-    """torch's Adam (in place of Apex's) has no state before its first step and keeps `step` as a tensor:
-    the distributed optimizer's state_dict() asserts on the first and its loading forgets, or shares, the second."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    """torch's Adam, without Transformer Engine and Apex, has no state before its first step and keeps `step` as a tensor:
+    the distributed optimizer's state_dict() asserts on the first and its loading forgets, or shares, the second.
+    FusedAdam keeps no step in its state and needs none of this."""
+    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
+    if HAVE_APEX_OR_TE:
+        return
     state_dict = DistributedOptimizer.state_dict
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 

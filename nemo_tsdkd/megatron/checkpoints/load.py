@@ -15,6 +15,7 @@ from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from nemo.collections import llm
 from nemo.lightning import io
 
+import nemo_tsdkd.megatron.cpu as cpu
 from nemo_tsdkd.checkpoints.model_folder import (
     HF_ASSETS,
     content_key,
@@ -63,9 +64,8 @@ def gpt_config(checkpoint: Path) -> llm.GPTConfig:
     config = config_from_hf(assets) if assets.is_dir() else io.load_context(checkpoint, subpath="model.config")
     dtype = _stored_tensors(checkpoint)[f"{_PREFIX}embedding.word_embeddings.weight"].dtype
     config.params_dtype, config.bf16, config.fp16 = dtype, dtype == torch.bfloat16, dtype == torch.float16
-    if not torch.cuda.is_available():
-        config.apply_rope_fusion = config.gradient_accumulation_fusion = False  # CUDA kernels
-        config.persist_layer_norm = config.bias_activation_fusion = config.masked_softmax_fusion = False
+    for fusion in cpu.missing_kernels:
+        setattr(config, fusion, False)
     return config
 
 
