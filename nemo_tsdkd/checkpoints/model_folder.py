@@ -8,18 +8,16 @@ from pathlib import Path
 import xxhash
 
 from nemo_tsdkd.checkpoints.atomic import read_json
+from nemo_tsdkd.checkpoints.hf_config import check_config
 from nemo_tsdkd.checkpoints.manifest import digests
+from nemo_tsdkd.checkpoints.transformers5 import AS_WRITTEN
 from nemo_tsdkd.config.validation import UserError
 
 # Where our NeMo checkpoints keep the source's config, tokenizer and chat template: NeMo copies a tokenizer's folder
 # into its context under the folder's own name.
 HF_ASSETS = Path("context", "huggingface")
-ARCHITECTURES = ("qwen2", "qwen3", "llama")  # Hugging Face's model_type
-# Settings that change a model's arithmetic in a way the import does not carry over, a sliding window only beyond
-# the length at which logits are compared.
-_UNSUPPORTED = ("use_sliding_window", "attention_bias", "mlp_bias")
 _ASSET_SUFFIXES = {".json", ".jsonl", ".jinja", ".model", ".txt"}
-_IMPORT_VERSION = b"1"  # raise it when the same source would be imported to other weights
+_IMPORT_VERSION = b"2"  # raise it when the same source would be imported otherwise, or be refused
 
 
 def is_nemo_checkpoint(folder: Path) -> bool:
@@ -47,22 +45,7 @@ def require_importable(folder: Path) -> None:
             f"{folder}/config.json: auto_map asks to run the folder's own code, which is never done. "
             "Give a model of transformers' own classes."
         )
-    if config.get("model_type") not in ARCHITECTURES:
-        raise UserError(
-            f"{folder}/config.json: model_type = {config.get('model_type')!r}: must be one of "
-            f"{', '.join(ARCHITECTURES)}. Import other models with NeMo itself and give the NeMo checkpoint."
-        )
-    for name in _UNSUPPORTED:
-        if config.get(name):
-            raise UserError(
-                f"{folder}/config.json: {name} = {config[name]!r}: must be false. Choose a model without it."
-            )
-    scaling = config.get("rope_scaling") or {}
-    if scaling and (config["model_type"], scaling.get("rope_type")) != ("llama", "llama3"):
-        raise UserError(
-            f"{folder}/config.json: rope_scaling = {scaling}: must be Llama's llama3 scaling or absent. "
-            "Choose a model without it."
-        )
+    check_config(config, folder / "config.json")
 
 
 def content_key(folder: Path) -> str:
@@ -82,6 +65,13 @@ def copy_assets(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in _assets(source):
         shutil.copyfile(path, target / path.name)
+
+
+def restore_assets(assets: Path, target: Path) -> None:
+    """Copy a checkpoint's assets as the model's author wrote them."""
+    copy_assets(assets, target)
+    for path in target.glob(f"{AS_WRITTEN}*"):
+        path.rename(target / path.name.removeprefix(AS_WRITTEN))
 
 
 def _assets(folder: Path) -> list[Path]:

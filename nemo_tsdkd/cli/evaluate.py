@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from nemo_tsdkd.checkpoints.atomic import read_json, write_json
 from nemo_tsdkd.checkpoints.model_folder import content_key, require_importable
+from nemo_tsdkd.checkpoints.transformers5 import readable_folder
 from nemo_tsdkd.config.compose import CONF
 from nemo_tsdkd.config.validation import UserError
 
@@ -128,13 +129,14 @@ def evaluate(
     check_tasks(tasks, manager, allow_code_execution)
     if allow_code_execution:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks once more
-    loaded = get_model("hf")(
-        pretrained=str(model),
-        dtype="auto",
-        trust_remote_code=False,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        batch_size=batch_size,
-    )
+    with readable_folder(model) as folder:
+        loaded = get_model("hf")(
+            pretrained=str(folder),
+            dtype="auto",
+            trust_remote_code=False,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            batch_size=batch_size,
+        )
     for task in tasks:
         yield (
             task,

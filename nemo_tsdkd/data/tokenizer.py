@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS
+from nemo_tsdkd.checkpoints.transformers5 import readable_folder
 from nemo_tsdkd.config.validation import UserError
 
 
@@ -71,13 +72,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     folder = tokenizer_folder(path)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder. Give a local Hugging Face or NeMo folder.")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        reason = f"{str(e).splitlines()[0]:.120}"  # transformers lists every model type it knows
-        raise UserError(
-            f"{folder}: has no tokenizer that transformers can load ({reason}). Copy the model's tokenizer into it."
-        ) from e
+    with readable_folder(folder) as readable:
+        try:
+            return AutoTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as e:
+            reason = f"{str(e).splitlines()[0]:.120}"  # transformers lists every model type it knows
+            raise UserError(
+                f"{folder}: has no tokenizer that transformers can load ({reason}). Copy the model's tokenizer into it."
+            ) from e
 
 
 def response_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from nemo_tsdkd.checkpoints.atomic import read_json
-from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, copy_assets
+from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, copy_assets, restore_assets
+from nemo_tsdkd.checkpoints.transformers5 import translate_assets
 from nemo_tsdkd.megatron.checkpoints.hf import CLASSES, config_from_hf, require_equal_logits, to_hf, to_megatron
 from nemo_tsdkd.megatron.checkpoints.load import gpt_config, load_weights
 
@@ -29,15 +30,16 @@ def import_hf(source: Path, output: Path) -> None:
     with TemporaryDirectory() as staging:
         assets = Path(staging, HF_ASSETS.name)
         copy_assets(source, assets)
+        translate_assets(assets)
         if not (assets / "generation_config.json").is_file():
-            GenerationConfig.from_model_config(AutoConfig.from_pretrained(source)).save_pretrained(assets)
+            GenerationConfig.from_model_config(AutoConfig.from_pretrained(assets)).save_pretrained(assets)
         config = config_from_hf(assets)
         model, trainer = _unloaded_model(config, assets)
         hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=config.params_dtype, use_safetensors=True)
         to_megatron(hf_model, model.module)
         del hf_model
         io.ModelConnector().nemo_save(output, trainer)
-    require_equal_logits(source, model.module)
+        require_equal_logits(source, model.module, assets)
 
 
 def export_nemo(checkpoint: Path, output: Path) -> None:
@@ -63,9 +65,9 @@ def export_hf(checkpoint: Path, output: Path) -> None:
     hf_model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(assets), dtype=config.params_dtype)
     to_hf(model.module, hf_model)
     hf_model.save_pretrained(output)
-    copy_assets(assets, output)  # the source's generation_config.json too, which transformers might refuse to write
+    restore_assets(assets, output)  # the source's generation_config.json too, which transformers might refuse to write
     del hf_model
-    require_equal_logits(output, model.module)
+    require_equal_logits(output, model.module, assets)
 
 
 def _unloaded_model(config: llm.GPTConfig, assets: Path) -> tuple[llm.GPTModel, Any]:

@@ -7,6 +7,7 @@ every norm at one).
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,21 @@ from nemo.lightning import io
 from nemo.lightning.io.state import TransformFns
 from nemo.lightning.pytorch.utils import dtype_from_hf
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from nemo_tsdkd.checkpoints.atomic import read_json
+from nemo_tsdkd.checkpoints.hf_config import rope
 
 logger = logging.getLogger(__name__)
 
-CLASSES = {  # NeMo's, by Hugging Face's model_type (model_folder.ARCHITECTURES)
+CLASSES = {  # NeMo's, by Hugging Face's model_type (hf_config.ARCHITECTURES)
     "qwen2": (llm.Qwen2Config, llm.Qwen2Model),
     "qwen3": (llm.Qwen3Config, llm.Qwen3Model),
     "llama": (llm.LlamaConfig, llm.LlamaModel),
@@ -59,18 +70,23 @@ _TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # of the logits' norm; Transformer Eng
 
 
 def config_from_hf(folder: Path) -> llm.GPTConfig:
-    """NeMo's GPT config for a Hugging Face folder; reads its JSON files only."""
+    """NeMo's GPT config for a Hugging Face folder; reads its JSON files only.
+
+    Raises:
+        UserError: its rotary embedding is none that NeMo's models have.
+    """
     hf = AutoConfig.from_pretrained(folder)
     dtype = dtype_from_hf(hf)
     config_class, _ = CLASSES[hf.model_type]
     fields: dict[str, Any] = {}
-    if (scaling := hf.rope_scaling) and scaling["rope_type"] == "llama3":
+    position = rope(read_json(folder / "config.json"), folder / "config.json")
+    if position.scaling:
         config_class = Llama31Config
         fields = {
-            "scale_factor": scaling["factor"],
-            "low_freq_factor": scaling["low_freq_factor"],
-            "high_freq_factor": scaling["high_freq_factor"],
-            "old_context_len": scaling["original_max_position_embeddings"],
+            "scale_factor": position.scaling.factor,
+            "low_freq_factor": position.scaling.low_freq_factor,
+            "high_freq_factor": position.scaling.high_freq_factor,
+            "old_context_len": position.scaling.original_max_position_embeddings,
         }
     return config_class(
         num_layers=hf.num_hidden_layers,
@@ -81,7 +97,7 @@ def config_from_hf(folder: Path) -> llm.GPTConfig:
         kv_channels=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         init_method_std=hf.initializer_range,
         layernorm_epsilon=hf.rms_norm_eps,
-        rotary_base=hf.rope_theta,
+        rotary_base=position.theta,
         seq_length=hf.max_position_embeddings,
         vocab_size=hf.vocab_size,
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
@@ -134,14 +150,20 @@ def _names(gpt: MCoreGPTModel) -> dict[str, str]:
     return names
 
 
-def require_equal_logits(hf_folder: Path, gpt: MCoreGPTModel) -> None:
+def require_equal_logits(hf_folder: Path, gpt: MCoreGPTModel, assets: Path) -> None:
     """Compare a whole Megatron model with a Hugging Face folder on a short text, both in fp32, one model after the
     other and layer by layer: a GPU holds embedding, head and one layer.
+
+    Args:
+        hf_folder: the weights, and config.json as their author wrote it.
+        gpt: the model.
+        assets: the same model's tokenizer, in a form that the installed transformers reads.
 
     Raises:
         RuntimeError: their logits differ by more than fp32 rounding.
     """
-    expected, logits = _compared_logits(hf_folder, gpt)
+    tokens = AutoTokenizer.from_pretrained(assets)(_SAMPLE, return_tensors="pt").input_ids.cuda()
+    expected, logits = _compared_logits(hf_folder, gpt, tokens)
     error = ((logits - expected).norm() / expected.norm()).item()
     tolerance = _TOLERANCE["cuda" if torch.cuda.is_available() else "cpu"]
     if not error <= tolerance:  # NaN too
@@ -150,17 +172,31 @@ def require_equal_logits(hf_folder: Path, gpt: MCoreGPTModel) -> None:
 
 
 @torch.no_grad()
-def _compared_logits(hf_folder: Path, gpt: MCoreGPTModel) -> tuple[Tensor, Tensor]:
+def _compared_logits(hf_folder: Path, gpt: MCoreGPTModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Logits `[1, S, V]` of both; on the GPU where there is one, since Transformer Engine's layers need it."""
-    tokens = AutoTokenizer.from_pretrained(hf_folder)(_SAMPLE, return_tensors="pt").input_ids.cuda()
     dtype, gpt.config.params_dtype = gpt.config.params_dtype, torch.float32
-    hf_model = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=dtype, use_safetensors=True)
+    hf_model = AutoModelForCausalLM.from_pretrained(
+        hf_folder, config=_config_as_written(hf_folder), dtype=dtype, use_safetensors=True
+    )
     _stream(hf_model, hf_model.model.layers, dtype)
     expected = hf_model.eval()(tokens).logits.cpu()
     del hf_model
     _stream(gpt, gpt.decoder.layers, dtype)
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     return expected, gpt.eval()(tokens, positions, None).cpu()
+
+
+def _config_as_written(hf_folder: Path) -> PretrainedConfig:
+    """transformers' config, its rotary embedding set from config.json by hand.
+
+    transformers 4 passes over transformers 5's `rope_parameters`, and the import's own reading of them is what the
+    comparison has to prove: it is not used here.
+    """
+    config = AutoConfig.from_pretrained(hf_folder)
+    if written := json.loads((hf_folder / "config.json").read_text()).get("rope_parameters"):
+        config.rope_theta = written.get("rope_theta", config.rope_theta)
+        config.rope_scaling = written
+    return config
 
 
 def _stream(model: nn.Module, layers: nn.ModuleList, dtype: torch.dtype) -> None:
