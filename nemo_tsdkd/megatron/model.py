@@ -109,6 +109,9 @@ class TSDKDModel(llm.GPTModel):
         """Responses to this data-parallel rank's share of a global batch, equal on its TP x PP ranks.
 
         With `rollout.reuse: n`, the answers of step `s` serve the steps up to `s + n - 1`.
+
+        Raises:
+            FloatingPointError: on every rank, where one rank's student has broken logits.
         """
         rollout = self.run.rollout
         first = step - step % rollout.reuse
@@ -123,19 +126,27 @@ class TSDKDModel(llm.GPTModel):
         decoding all of them would be the same work done twice, and a near-tie could part them."""
         cp_group = parallel_state.get_context_parallel_group()
         mine = samples[cp_group.rank() :: cp_group.size()]
-        written = generate(
-            unwrap(self.module),
-            [sample.prompt_ids for sample in mine],
-            config=self.run.rollout,
-            sample_ids=[sample.index for sample in mine],
-            seed=self.run.seed,
-            step=step,
-            vocabulary=self.vocabulary,
-            max_length=self.run.data.seq_length,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-        dist.barrier(self._writers)  # the longest responses may take another rank far beyond NCCL's timeout
+        written, failure = [], None
+        try:
+            written = generate(
+                unwrap(self.module),
+                [sample.prompt_ids for sample in mine],
+                config=self.run.rollout,
+                sample_ids=[sample.index for sample in mine],
+                seed=self.run.seed,
+                step=step,
+                vocabulary=self.vocabulary,
+                max_length=self.run.data.seq_length,
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                pp_group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        except FloatingPointError as error:  # of this rank's block alone: the others learn of it below
+            failure = f"step {step + 1}: {error}"
+        # The longest responses may take another rank far beyond NCCL's timeout.
+        failures: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failure, group=self._writers)
+        if failure := next(filter(None, failures), None):
+            raise FloatingPointError(failure)
         parts: list[Any] = [None] * cp_group.size()
         dist.all_gather_object(parts, written, group=cp_group)
         return interleave(parts)

@@ -11,6 +11,8 @@ single rank, the vocabulary is whole.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
@@ -22,6 +24,8 @@ _GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 _ROOT = 0x6A09E667F3BCC908  # key of the empty counter
+NO_TOKEN = -1  # stands where nothing could be drawn
+_COLDEST = 1e-30  # below it a draw is the argmax: noise of at most 45 nats then parts no two logits
 _ON_POLICY = -1  # stands where a sample id would, and none is negative
 
 
@@ -60,11 +64,12 @@ def on_policy(seed: int, step: int, lmbda: float) -> bool:
 
 
 def vocab_parallel_argmax(scores: Tensor, token_ids: Tensor, tp_group: Group = None) -> Tensor:
-    """Token ids [B] of the largest scores [B, N], whose columns are the tokens [N]; ties go to the lower token id."""
-    best, column = scores.max(dim=-1)  # the first of equals
+    """Token ids [B] of the largest scores [B, N], whose columns are the tokens [N]; ties go to the lower token id.
+    NO_TOKEN where all scores are -inf or one is NaN."""
+    best, column = scores.max(dim=-1)  # the first of equals; NaN where there is one
     pairs = all_gather(torch.stack((best.double(), token_ids[column].double())), tp_group)  # [TP, 2, B]
-    winner = pairs[:, 0].argmax(dim=0, keepdim=True)
-    return pairs[:, 1].gather(0, winner)[0].long()
+    best, winner = pairs[:, 0].max(dim=0, keepdim=True)
+    return pairs[:, 1].gather(0, winner).masked_fill(~(best > -torch.inf), NO_TOKEN)[0].long()
 
 
 def keep_top_k(scores: Tensor, top_k: int, tp_group: Group = None) -> Tensor:
@@ -112,31 +117,58 @@ def sample(
     top_p: float = 1.0,
     vocab_size: int,
     tp_group: Group = None,
+    check: bool = True,
 ) -> Tensor:
     """Draw one token per sequence from vocab-parallel logits; every rank of `tp_group` gets the same tokens.
 
     Args:
         logits: [B, V_local], columns `rank * V_local` onwards of the padded vocabulary, any float dtype.
         keys: [B] int64, one per (sequence, position), from `fold`.
-        temperature: divides the logits; 0 takes the largest logit, ties to the lower token id.
+        temperature: divides the logits; 0 (or less than 1e-30, which is as much) takes the largest logit, ties to the
+            lower token id.
         top_k: keep the k largest logits (0: all). Applied before `top_p`, as Hugging Face's generate does.
         top_p: keep the likeliest tokens up to this mass (1: all).
         vocab_size: columns from here on are padding and never drawn.
+        check: look at the drawn tokens on the host. Without, a row that nothing can be drawn from is NO_TOKEN, and
+            the caller must look for it.
 
     Returns:
         Token ids [B], int64.
+
+    Raises:
+        ValueError: `temperature`, `top_k` or `top_p` out of its range.
+        FloatingPointError: with `check`, a row with NaN or +inf among its true columns (after the temperature), or
+            with nothing but -inf.
     """
+    _check(temperature, top_k, top_p)
     # As many columns on every rank, which exchange some; what lies beyond `vocab_size` in all of them costs nothing.
     scores = logits[:, :vocab_size].float()
     first = group_rank(tp_group) * logits.shape[-1]
     token_ids = torch.arange(first, first + scores.shape[-1], device=scores.device)
     if first + scores.shape[-1] > vocab_size:
         scores = scores.masked_fill(token_ids >= vocab_size, -torch.inf)
-    if temperature == 0:
-        return vocab_parallel_argmax(scores, token_ids, tp_group)
-    scores = scores / temperature
-    if 0 < top_k < vocab_size:
+    greedy = temperature < _COLDEST
+    scores = scores if greedy else scores / temperature
+    broken = ~(scores < torch.inf).all(dim=-1, keepdim=True)  # before the rules, whose thresholds a NaN may pass by
+    if not greedy and 0 < top_k < vocab_size:
         scores = keep_top_k(scores, top_k, tp_group)
-    if top_p < 1:
+    if not greedy and top_p < 1:
         scores = keep_top_p(scores, top_p, tp_group)
-    return vocab_parallel_argmax(scores + gumbel(keys, token_ids), token_ids, tp_group)
+    if not greedy:
+        scores = scores + gumbel(keys, token_ids)
+    tokens = vocab_parallel_argmax(scores.masked_fill(broken, torch.nan), token_ids, tp_group)
+    if check and (nothing := (tokens == NO_TOKEN).nonzero().flatten().tolist()):
+        raise FloatingPointError(
+            f"logits of rows {nothing}: NaN, +inf or nothing but -inf, so no token can be drawn. Look at the weights."
+        )
+    return tokens
+
+
+def _check(temperature: float, top_k: int, top_p: float) -> None:
+    for name, value, ok, rule in (
+        ("temperature", temperature, 0 <= temperature < math.inf, "must be finite and not negative"),
+        ("top_k", top_k, top_k >= 0, "must not be negative; 0 keeps all"),
+        ("top_p", top_p, 0 < top_p <= 1, "must lie in (0, 1]; 1 keeps all"),
+    ):
+        if not ok:
+            raise ValueError(f"{name} = {value}: {rule}.")

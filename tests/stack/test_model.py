@@ -85,7 +85,7 @@ def train_with_nan(config: TrainConfig) -> str:
     return ""
 
 
-@pytest.mark.parametrize(("world_size", "parallel"), [(2, {TP: 2}), (2, {PP: 2}), (2, {})], ids=["tp", "pp", "dp"])
+@pytest.mark.parametrize(("world_size", "parallel"), [(2, {TP: 2}), (2, {PP: 2})], ids=["tp", "pp"])
 def test_a_nan_stops_every_rank_and_says_where(world_size, parallel, root, tmp_path):
     config = tiny_run.config(root, tmp_path, world_size, **parallel)
     config.checkpoint.every_n_steps = 1
@@ -93,6 +93,13 @@ def test_a_nan_stops_every_rank_and_says_where(world_size, parallel, root, tmp_p
     assert all("step 2: " in e and "loss = nan" in e for e in errors), errors
     assert all("(rank " in e and "in the micro-batch of samples [" in e for e in errors), errors
     assert newest_whole(tmp_path) == step_folder(tmp_path, 1)
+
+
+def test_a_student_that_can_draw_no_token_stops_every_rank(root, tmp_path):
+    """Two data-parallel ranks: the NaN is in the weights of one alone."""
+    errors = ranks.run_ranks(train_with_nan, 2, tiny_run.config(root, tmp_path, 2, lmbda=1.0))
+    assert all("step 2: response token 0 of sample " in e and "no token can be drawn" in e for e in errors), errors
+    assert errors[0] == errors[1]
 
 
 def test_a_batch_without_any_response_ends_the_run_in_words(root, tmp_path):

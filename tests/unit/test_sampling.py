@@ -113,3 +113,48 @@ def test_no_state_of_a_generator_is_read():
     first = sampling.sample(logits, keys, temperature=1.0, vocab_size=30)
     torch.manual_seed(2)
     assert torch.equal(first, sampling.sample(logits, keys, temperature=1.0, vocab_size=30))
+
+
+NAN, INF = math.nan, math.inf
+BROKEN = {
+    "nan": [0.0, NAN, 1.0, 9.0],
+    "negative_nan": [0.0, -NAN, 1.0, 9.0],
+    "infinite": [0.0, INF, 1.0, 9.0],
+    "nothing": [-INF, -INF, -INF, 9.0],
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("rule", [{}, {"top_k": 2}, {"top_p": 0.5}, {"top_k": 1, "top_p": 0.5}], ids=str)
+@pytest.mark.parametrize("name", BROKEN)
+def test_from_broken_logits_nothing_is_drawn(name, rule, temperature):
+    """The second of three rows; the last column is padding."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, NAN], BROKEN[name], [0.0, -INF, 2.0, INF]])
+    fields = {"temperature": temperature, "vocab_size": 3, **rule}
+    with pytest.raises(FloatingPointError, match=r"logits of rows \[1\]: NaN, \+inf or nothing but -inf"):
+        sample(logits, torch.arange(3), **fields)
+    drawn = sample(logits, torch.arange(3), check=False, **fields).tolist()
+    assert drawn[1] == sampling.NO_TOKEN and {drawn[0], drawn[2]} <= {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"top_p": 0.0}, r"top_p = 0.0: must lie in \(0, 1\]"),
+        ({"top_p": NAN}, "top_p = nan"),
+        ({"top_k": -1}, "top_k = -1: must not be negative"),
+        ({"temperature": -1.0}, "temperature = -1.0: must be finite and not negative"),
+        ({"temperature": INF}, "temperature = inf"),
+    ],
+    ids=str,
+)
+def test_a_rule_out_of_its_range_is_refused(field, message):
+    with pytest.raises(ValueError, match=message):
+        sample(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), **{"temperature": 1.0, "vocab_size": 4, **field})
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-31, 1e-29, 1e-10])
+def test_a_tiny_temperature_takes_the_largest_logit(temperature):
+    logits = 1e4 * torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
+    drawn = sample(logits, torch.arange(200), temperature=temperature, vocab_size=50)
+    assert torch.equal(drawn, logits.argmax(-1))

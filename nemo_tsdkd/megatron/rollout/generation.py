@@ -13,7 +13,7 @@ from nemo_tsdkd.data.tokenizer import Vocabulary
 from nemo_tsdkd.distributed.vocab_parallel import group_size
 from nemo_tsdkd.megatron.gpt import vocab_parallel_logits
 from nemo_tsdkd.megatron.rollout.decoding import KVCache, check_model, decoding
-from nemo_tsdkd.rollout.sampling import fold, sample, step_key
+from nemo_tsdkd.rollout.sampling import NO_TOKEN, fold, sample, step_key
 from nemo_tsdkd.rollout.schedule import Pass, Response, Schedule
 
 
@@ -46,6 +46,7 @@ def generate(
 
     Raises:
         UserError: the model is not one this decodes, or a prompt is empty or fills `max_length`.
+        FloatingPointError: the student's logits are broken, so that no token can be drawn.
     """
     check_model(model)
     schedule = Schedule(
@@ -76,12 +77,20 @@ def generate(
                     top_p=config.top_p,
                     vocab_size=vocabulary.size,
                     tp_group=tp_group,
+                    check=False,
                 )
             else:
                 tokens = torch.empty(len(batch.sequences), dtype=torch.int64, device=device)
             if group_size(pp_group) > 1:
                 dist.broadcast(tokens, group=pp_group, group_src=group_size(pp_group) - 1)
-            for source, target in schedule.record(batch, tokens.tolist()):
+            drawn = tokens.tolist()  # of the last stage, so that all ranks of the block stop together
+            if NO_TOKEN in drawn:
+                i = batch.sequences[drawn.index(NO_TOKEN)]
+                raise FloatingPointError(
+                    f"response token {len(schedule.written[i])} of sample {sample_ids[i]}: the student's logits are NaN, "
+                    "+inf or nothing but -inf, so no token can be drawn."
+                )
+            for source, target in schedule.record(batch, drawn):
                 cache.copy_row(source, target)
     return schedule.responses()
 
