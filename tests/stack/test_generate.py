@@ -61,7 +61,7 @@ def test_a_run_cut_off_is_completed_at_another_layout_to_the_same_responses(root
 
 def test_other_settings_are_refused(root, tmp_path):
     generate(root, tmp_path / "out", 1, "--model", "student", "data.limit=3")
-    with pytest.raises(AssertionError, match=r"ValueError: --output = .* was written with rollout"):
+    with pytest.raises(AssertionError, match=r"UserError: --output = .* was written with rollout"):
         generate(root, tmp_path / "out", 1, "--model", "student", "data.limit=3", "rollout.temperature=0.5")
 
 

@@ -106,7 +106,7 @@ def test_a_batch_without_any_response_ends_the_run_in_words(root, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"prompt": "Ann", "response": "", "response_ids": []}\n' * 8)
     config = tiny_run.config(root, tmp_path / "run", 2)
     config.data.path = str(tmp_path / "data.jsonl")
-    with pytest.raises(AssertionError, match="ValueError: a global batch holds no response token"):
+    with pytest.raises(AssertionError, match="UserError: a global batch holds no response token"):
         ranks.run_ranks(train_and_look, 2, config)
 
 
