@@ -1,8 +1,13 @@
 """Lets real NeMo and Megatron code run on gloo where there is no GPU; does nothing where there is one.
 
-Megatron names `torch.cuda` in hundreds of places. `install()` maps them to the CPU for this process, so that the
-production path itself, not a double of it, is what the tests and the demo run. Every function below is one patch
-and says why it is needed; `install_nemo()` holds those that need NeMo imported first.
+WITHOUT A GPU, IMPORTING `nemo_tsdkd.megatron` CHANGES TORCH FOR THE WHOLE PROCESS: `torch.zeros` and the other
+factories, `Tensor.to`, `Tensor.type`, `torch.compile`, `torch.cuda`, `torch.distributed.barrier`, and parts of Megatron
+and NeMo. A line of the log says so. TSDKD_PATCH_TORCH=0 in the environment leaves all of them as they are; Megatron
+then fails at its first CUDA call. `nemo_tsdkd.objective` and all other folders patch nothing.
+
+Megatron names `torch.cuda` in hundreds of places. `install()` maps them to the CPU, so that the tests and the demo run
+the production code. Every function below is one patch and says why it is needed; `install_nemo()` holds those that need
+NeMo imported first.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from typing import Any
 import torch
 
 logger = logging.getLogger(__name__)
+SWITCH = "TSDKD_PATCH_TORCH"
 _installed = False
 # Fields of Megatron's TransformerConfig that ask for CUDA kernels; off in every model while the stand-in is active.
 missing_kernels: tuple[str, ...] = ()
@@ -34,7 +40,7 @@ _CUDA_KERNELS = (
 def install() -> bool:
     """Map CUDA to the CPU once per process. Returns whether the stand-in is active."""
     global _installed, missing_kernels
-    if _installed or torch.cuda.is_available():
+    if _installed or torch.cuda.is_available() or os.environ.get(SWITCH) == "0":
         return _installed
     _installed, missing_kernels = True, _CUDA_KERNELS
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it for sequence parallelism
@@ -56,7 +62,11 @@ def install() -> bool:
     ):
         patch()
     if os.environ.get("RANK", "0") == "0":
-        logger.warning("No CUDA device: Megatron and NeMo run on the CPU stand-in (gloo).")
+        logger.warning(
+            "No CUDA device: torch is patched in this process (torch.cuda, torch.zeros, Tensor.to, torch.compile and "
+            "others) so that Megatron and NeMo run on the CPU with gloo. %s=0 leaves torch unchanged.",
+            SWITCH,
+        )
     return True
 
 
