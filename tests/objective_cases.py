@@ -12,6 +12,37 @@ from torch import Tensor
 
 from nemo_tsdkd.config.schema import TILE_LOGITS
 from nemo_tsdkd.objective import ObjectiveConfig
+from nemo_tsdkd.objective.extra_terms import TokenStatistics, term
+from nemo_tsdkd.objective.terms import DIVERGENCES
+
+
+@term("entropy_gap")
+def entropy_gap(seen: TokenStatistics, config: ObjectiveConfig) -> Tensor:
+    return (seen.student_entropy - seen.teacher_entropy).square()
+
+
+@term("squared_divergence")
+def squared_divergence(seen: TokenStatistics, config: ObjectiveConfig) -> Tensor:
+    return seen.divergence.square()
+
+
+@DIVERGENCES.register("half_square")
+class HalfSquare:
+    """sum_v (s_v - t_v)^2 / 2."""
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        pass
+
+    def sums_(self, log_s: Tensor, log_t: Tensor) -> Tensor:
+        s, gap = log_s.exp(), log_s.exp() - log_t.exp()
+        return torch.stack([gap.square().sum(-1), (s * gap).sum(-1)])
+
+    def value(self, sums: Tensor) -> Tensor:
+        return sums[0] / 2
+
+    def grad_(self, log_s: Tensor, log_t: Tensor, s: Tensor, sums: Tensor) -> Tensor:
+        return (s - log_t.exp() - sums[1].unsqueeze(-1)) * s
+
 
 TILE_LOGITS["cpu"] = 4 * 41  # four tokens of a Case: these sizes too must fall into several tiles
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -167,5 +198,6 @@ def presets(**fields) -> dict[str, ObjectiveConfig]:
         "indirect_only": {"direct_weight": 0.0, "entropy_weight": 0.0, "threshold": 0.7},
         "entropy_only": {"direct_weight": 0.0, "indirect_kd_alpha": 0.0, "entropy_fraction": 0.55},
         "whole": {"threshold": 1.0, "entropy_fraction": 1.0, "top_k": 1},
+        "registered": {"divergence": "half_square", "extra_terms": {"entropy_gap": 0.3, "squared_divergence": 0.2}},
     }
     return {name: ObjectiveConfig(**{**fields, **given}) for name, given in configs.items()}

@@ -77,10 +77,14 @@ def sequence_terms(z: Tensor, t: Tensor, config) -> dict[str, Tensor]:
     ranked = [plackett_luce(z[i], teacher_ranking(z[i].detach(), t[i], config.top_k)) for i in opener]
     chosen = uncertain_positions(h, config.entropy_fraction)
     beta = {"forward_kl": 0, "reverse_kl": 1}.get(config.preset, config.beta)
+    is_square = config.divergence == "half_square"
+    divergence = (log_s.exp() - log_t.exp()).square().sum(-1) / 2 if is_square else jsd(log_s, log_t, beta)
     return {
-        "direct": ((gate if config.preset == "paper" else 1) * jsd(log_s, log_t, beta)).mean(),
+        "direct": ((gate if config.preset == "paper" else 1) * divergence).mean(),
         "indirect": torch.stack(ranked).mean(),
         "entropy": h_s[chosen].mean() if chosen else z.new_zeros(()),
+        "entropy_gap": (h_s - h_t).square().mean(),  # this and the next: what the tests register
+        "squared_divergence": divergence.square().mean(),
     }
 
 
@@ -88,7 +92,8 @@ def weighted(terms: dict[str, Tensor], config) -> Tensor:
     if config.preset in ("gkd", "forward_kl", "reverse_kl"):
         return config.direct_weight * terms["direct"]
     indirect, entropy = config.indirect_kd_alpha * terms["indirect"], config.entropy_weight * terms["entropy"]
-    return config.direct_weight * terms["direct"] + indirect + entropy
+    extra = sum(weight * terms[name] for name, weight in config.extra_terms.items())
+    return config.direct_weight * terms["direct"] + indirect + entropy + extra
 
 
 def reference_loss(z: Tensor, t: Tensor, mask: Tensor, config) -> Tensor:

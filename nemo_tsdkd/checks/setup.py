@@ -46,11 +46,11 @@ def check_files(config: TrainConfig) -> dict[str, ModelShape]:
 
 def check_fields(config: TrainConfig, batch: bool = True) -> None:
     """The part of `check_setup` that reads no file. Raises UserError as it does."""
-    from nemo_tsdkd.objective import check_rules  # with torch, which this module's other users may do without
+    from nemo_tsdkd.objective import check_registered  # with torch, which this module's other users may do without
 
     config.validate(batch)
     check_names(config)
-    check_rules(config.objective)
+    check_registered(config.objective)
 
 
 def check_ranks(config: TrainConfig, started: int) -> None:

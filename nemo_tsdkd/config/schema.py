@@ -13,7 +13,7 @@ from typing import Any
 
 from nemo_tsdkd.config import validation
 
-_DIRECT_ONLY = {"gate_rule": "identity", "indirect_kd_alpha": 0.0, "entropy_weight": 0.0}
+_DIRECT_ONLY = {"gate_rule": "identity", "indirect_kd_alpha": 0.0, "entropy_weight": 0.0, "divergence": "jsd"}
 # The fields that a preset sets. A baseline is the paper's objective with terms switched off; the public trainer's
 # arithmetic has its own choices in place of these fields.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -24,6 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gate_rule": "confidence",
         "entropy_fraction": 0.1,
         "gate_temperature": 1.0,
+        "divergence": "jsd",
     },
     "gkd": _DIRECT_ONLY,
     "forward_kl": {**_DIRECT_ONLY, "beta": 0.0},
@@ -52,11 +53,13 @@ class ObjectiveConfig:
     opener_rule: str = "cumulative_entropy"  # selection rules by registry name (objective/rules.py)
     entropy_rule: str = "top_fraction"
     gate_rule: str = "confidence"
+    divergence: str = "jsd"  # of the direct term, by registry name (objective/terms.py)
+    extra_terms: dict[str, float] = field(default_factory=dict)  # weight by registry name (objective/extra_terms.py)
     head: str = "logits"  # logits | fused: fused never holds a [tokens, V/TP] tensor
     tile_logits: int = 0  # fp32 logits of one model that a rank works on at once; 0: TILE_LOGITS of its device
 
     def validate(self) -> None:
-        """Raise UserError on the first field that breaks its rule. Selection rules are checked by their registry."""
+        """Raise UserError on the first field that breaks its rule. Names are checked by their registries."""
         validation.one_of("objective.preset", self.preset, list(PRESETS))
         validation.one_of("objective.head", self.head, HEADS)
         validation.share(self, "objective.", "beta", "threshold", "entropy_fraction")
@@ -71,6 +74,13 @@ class ObjectiveConfig:
             self, "objective.", "indirect_kd_alpha", "direct_weight", "entropy_weight", "tile_logits"
         )
         validation.positive(self, "objective.", "top_k", "gate_temperature", "temperature")
+        validation.require(
+            not self.extra_terms or self.preset == "paper",
+            "objective.extra_terms",
+            self.extra_terms,
+            f"objective.preset = {self.preset} has no terms of others",
+            "Leave them out, or take preset paper.",
+        )
 
     def validate_vocabulary(self, vocab_size: int) -> None:
         """Raise UserError unless a vocabulary of `vocab_size` tokens has `top_k` candidates."""

@@ -3,15 +3,14 @@
 from nemo_tsdkd.config.schema import ObjectiveConfig
 from nemo_tsdkd.objective.loss import tsdkd_loss, tsdkd_loss_from_hidden
 from nemo_tsdkd.objective.output import Metrics, ObjectiveOutput
-from nemo_tsdkd.objective.resolve import ResolvedObjective, resolve_objective
-from nemo_tsdkd.objective.rules import check_rules
+from nemo_tsdkd.objective.resolve import ResolvedObjective, check_registered, resolve_objective
 
 __all__ = [
     "Metrics",
     "ObjectiveConfig",
     "ObjectiveOutput",
     "ResolvedObjective",
-    "check_rules",
+    "check_registered",
     "resolve_objective",
     "tsdkd_loss",
     "tsdkd_loss_from_hidden",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nemo_tsdkd.config.schema import ObjectiveConfig
 from nemo_tsdkd.distributed.vocab_parallel import Group, all_gather, all_reduce, group_rank, group_size, top_k_by_id
+from nemo_tsdkd.objective.extra_terms import TokenStatistics, extra_terms
 from nemo_tsdkd.objective.heads import FusedHead, LogitsHead, Tile, compute_dtype
 from nemo_tsdkd.objective.output import Metrics
 from nemo_tsdkd.objective.resolve import ResolvedObjective
@@ -59,7 +60,7 @@ class Saved:
     softmax: SoftmaxSums  # [2, n] each
     student_entropy: Tensor
     divergence_sums: Tensor  # [2, n]
-    direct: Tensor  # weights of the terms' gradients
+    direct: Tensor  # derivatives of the loss by the token's divergence and student entropy
     entropy: Tensor
     opener: Tensor  # [m] indices of the opener's tokens
     columns: Tensor  # [m, k_local] candidates among this rank's columns
@@ -120,9 +121,9 @@ def indirect_term(found: Candidates, reverse: bool, tp_group: Group) -> tuple[Te
     return value.to(ranked.dtype), own.to(ranked.dtype), agreement.to(ranked.dtype)
 
 
-def divergence_sums(head: Head, softmax: SoftmaxSums, beta: float, tp_group: Group) -> Tensor:
+def divergence_sums(head: Head, softmax: SoftmaxSums, config: ObjectiveConfig, tp_group: Group) -> Tensor:
     """The divergence's sums over the whole vocabulary, [2, n]: a second pass and one reduction."""
-    rule = divergence(beta)
+    rule = divergence(config)
     sums = torch.zeros_like(softmax.mass)
     for rows, _, *logits in head.tiles():
         sums[:, rows] += rule.sums_(*_log_probabilities_(logits, softmax, rows))
@@ -130,7 +131,7 @@ def divergence_sums(head: Head, softmax: SoftmaxSums, beta: float, tp_group: Gro
 
 
 def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor]:
-    """(what the backward needs, `Metrics` stacked, number of sequences)."""
+    """(what the backward needs, `Metrics` and the extra terms in a row, number of sequences)."""
     config, arithmetic, tp_group = call.objective.config, call.objective.arithmetic, call.tp_group
     softmax = softmax_sums(head, tp_group)
     entropies = softmax.entropy()
@@ -139,10 +140,12 @@ def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor]:
     opener = (weights.indirect != 0).nonzero().flatten()
     found = candidates(head.take(opener), config.top_k, tp_group)
     ranking_loss, columns_grad, agreement = indirect_term(found, arithmetic.reverses_ranking, tp_group)
-    sums = divergence_sums(head, softmax, config.beta, tp_group)
+    sums = divergence_sums(head, softmax, config, tp_group)
+    divergences = divergence(config).value(sums)
+    extra = extra_terms(TokenStatistics(entropies[0], divergences, entropies[1]), weights.response, config)
     student_entropy, teacher_entropy = (weights.response * entropies).sum(-1)
     values = Metrics(
-        direct=(weights.direct * divergence(config.beta).value(sums)).sum(),
+        direct=(weights.direct * divergences).sum(),
         indirect=(weights.indirect[opener] * ranking_loss).sum(),
         entropy=(weights.entropy * entropies[0]).sum(),
         student_entropy=student_entropy,
@@ -152,13 +155,13 @@ def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor]:
         rank_agreement=(weights.opener[opener] * agreement).sum(),
         response_tokens=(weights.response != 0).to(entropies.dtype).sum(),
     )
-    metrics = all_reduce(torch.stack(values), dist.ReduceOp.SUM, call.layout.cp_group)
+    metrics = all_reduce(torch.cat([torch.stack(values), extra.values]), dist.ReduceOp.SUM, call.layout.cp_group)
     saved = Saved(
         softmax=softmax,
         student_entropy=entropies[0],
         divergence_sums=sums,
-        direct=config.direct_weight * weights.direct,
-        entropy=config.entropy_weight * weights.entropy,
+        direct=config.direct_weight * weights.direct + extra.divergence_grad,
+        entropy=config.entropy_weight * weights.entropy + extra.entropy_grad,
         opener=opener,
         columns=found.columns,
         columns_grad=config.indirect_kd_alpha * weights.indirect[opener, None] * columns_grad,
@@ -166,15 +169,21 @@ def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor]:
     return saved, metrics, tokens.num_sequences
 
 
+def split_metrics(metrics: Tensor) -> tuple[Metrics, tuple[Tensor, ...]]:
+    """`evaluate`'s row of metrics as `Metrics` and the values of the extra terms."""
+    count = len(Metrics._fields)
+    return Metrics(*metrics[:count]), metrics[count:].unbind()
+
+
 def gradient(head: Head, saved: Saved, config: ObjectiveConfig, scale: Tensor) -> Iterator[Tile]:
     """Tiles of scale * d loss_sum / d student logits: a third pass, no collective."""
-    rule, scale = divergence(config.beta), scale / config.temperature
+    rule, scale = divergence(config), scale / config.temperature
     for rows, columns, *logits in head.tiles():
         log_s, log_t = _log_probabilities_(logits, saved.softmax, rows)
         s = log_s.exp()
         grad = rule.grad_(log_s, log_t, s, saved.divergence_sums[:, rows])
         grad.mul_((scale * saved.direct[rows]).unsqueeze(-1))
-        if config.entropy_weight:
+        if config.entropy_weight or config.extra_terms:
             entropy, weight = saved.student_entropy[rows], scale * saved.entropy[rows]
             add_entropy_grad_(grad, log_s, s, entropy.unsqueeze(-1), weight.unsqueeze(-1))
         _add_candidates_(grad, rows, columns, saved, scale)
@@ -203,11 +212,12 @@ class Objective(torch.autograd.Function):
         # The teacher's too: autograd frees what it saved with the backward, and finds what was changed before it.
         ctx.save_for_backward(*tensors)
         ctx.head, ctx.state, ctx.config = head.bind(*(t.new_empty(0) for t in tensors)), saved, call.objective.config
-        config, terms = call.objective.config, Metrics(*metrics)
+        config, (terms, extra) = call.objective.config, split_metrics(metrics)
         loss_sum = (
             config.direct_weight * terms.direct
             + config.indirect_kd_alpha * terms.indirect
             + config.entropy_weight * terms.entropy
+            + sum(weight * value for weight, value in zip(config.extra_terms.values(), extra, strict=True))
         )
         ctx.mark_non_differentiable(metrics, num_sequences)
         return loss_sum, metrics, num_sequences

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from nemo_tsdkd.config.schema import TILE_LOGITS, ObjectiveConfig
 from nemo_tsdkd.distributed.vocab_parallel import Group, Overlap, group_size, head_rows
-from nemo_tsdkd.objective.function import Call, Head, Objective
+from nemo_tsdkd.objective.function import Call, Head, Objective, split_metrics
 from nemo_tsdkd.objective.heads import FusedHead, LogitsHead
-from nemo_tsdkd.objective.output import Metrics, ObjectiveOutput
+from nemo_tsdkd.objective.output import ObjectiveOutput
 from nemo_tsdkd.objective.resolve import ResolvedObjective, resolve_objective
 from nemo_tsdkd.objective.sequences import SequenceLayout
 
@@ -176,7 +176,7 @@ def _call(
 
 def _run(call: Call, head: Head) -> ObjectiveOutput:
     loss_sum, values, num_sequences = Objective.apply(call, head, *head.tensors)
-    metrics, count = Metrics(*values), num_sequences.clamp(min=1)
+    (metrics, extra), count = split_metrics(values), num_sequences.clamp(min=1)
     return ObjectiveOutput(
         loss=loss_sum / count,
         loss_sum=loss_sum,
@@ -184,5 +184,5 @@ def _run(call: Call, head: Head) -> ObjectiveOutput:
         direct=metrics.direct / count,
         indirect=metrics.indirect / count,
         entropy=metrics.entropy / count,
-        metrics=metrics._asdict(),
+        metrics=metrics._asdict() | dict(zip(call.objective.config.extra_terms, extra, strict=True)),
     )

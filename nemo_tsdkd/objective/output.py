@@ -32,10 +32,10 @@ class ObjectiveOutput:
 
     Attributes:
         loss: scalar with gradient, `loss_sum / num_sequences`; zero where no sequence has a response.
-        loss_sum: scalar with gradient, the sum over sequences of the three terms by their weights (eq. 1).
+        loss_sum: scalar with gradient, the sum over sequences of all terms by their weights (eq. 1).
         num_sequences: int64 scalar, sequences with at least one response token.
         direct, indirect, entropy: detached scalars, each term before its weight, mean over sequences.
-        metrics: detached scalars by name, the fields of `Metrics`.
+        metrics: detached scalars by name: the fields of `Metrics`, and the terms of `objective.extra_terms`.
     """
 
     loss: Tensor

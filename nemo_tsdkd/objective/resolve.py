@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nemo_tsdkd.config.schema import ObjectiveConfig
-from nemo_tsdkd.objective.rules import check_rules
+from nemo_tsdkd.objective.extra_terms import TERMS
+from nemo_tsdkd.objective.rules import RULES
+from nemo_tsdkd.objective.terms import DIVERGENCES
 from nemo_tsdkd.objective.tokens import Tokens
 from nemo_tsdkd.objective.weights import TokenWeights, paper_weights, reference_weights
 
@@ -33,12 +35,21 @@ class ResolvedObjective:
     arithmetic: Arithmetic
 
 
+def check_registered(config: ObjectiveConfig) -> None:
+    """Raise UserError when the config names a selection rule, divergence or term that is not registered."""
+    for field in ("opener_rule", "entropy_rule", "gate_rule"):
+        RULES.require(f"objective.{field}", getattr(config, field))
+    DIVERGENCES.require("objective.divergence", config.divergence)
+    for name in config.extra_terms:
+        TERMS.require("objective.extra_terms", name)
+
+
 def resolve_objective(config: ObjectiveConfig) -> ResolvedObjective:
     """Check every field and rule name, apply the preset and choose its arithmetic.
 
     Raises:
-        UserError: a field out of its range, or an unknown preset or selection rule.
+        UserError: a field out of its range, or an unknown preset, selection rule, divergence or term.
     """
     config.validate()
-    check_rules(config)
+    check_registered(config)
     return ResolvedObjective(config.resolved(), REFERENCE if config.preset == "reference" else PAPER)

@@ -21,34 +21,12 @@ import torch
 from torch import Tensor
 
 from nemo_tsdkd.config.schema import ObjectiveConfig
-from nemo_tsdkd.config.validation import UserError
+from nemo_tsdkd.objective.registry import Registry
 from nemo_tsdkd.objective.tokens import SLACK, Tokens, fixed_point, slack
 
 Rule = Callable[[Tokens, ObjectiveConfig], Tensor]
-RULES: dict[str, Rule] = {}
-
-
-def rule(name: str) -> Callable[[Rule], Rule]:
-    """Register a selection rule under the name that the config uses."""
-
-    def register(function: Rule) -> Rule:
-        if name in RULES:
-            raise ValueError(f"selection rule {name!r} is registered twice. Choose another name.")
-        RULES[name] = function
-        return function
-
-    return register
-
-
-def check_rules(config: ObjectiveConfig) -> None:
-    """Raise UserError when the config names a rule that is not registered."""
-    for field in ("opener_rule", "entropy_rule", "gate_rule"):
-        name = getattr(config, field)
-        if name not in RULES:
-            raise UserError(
-                f"objective.{field} = {name!r}: must be one of {', '.join(sorted(RULES))}. "
-                "Choose one of these, or register the rule (CONTRIBUTING.md)."
-            )
+RULES: Registry[Rule] = Registry("selection rule")
+rule = RULES.register
 
 
 @rule("cumulative_entropy")

@@ -9,10 +9,14 @@ overwrite the tiles they are given.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from nemo_tsdkd.config.schema import ObjectiveConfig
+from nemo_tsdkd.objective.registry import Registry
 
 # Stands for -inf, so that a column without probability gives 0 * finite instead of NaN.
 FLOOR = -1e30
@@ -70,7 +74,7 @@ def add_entropy_grad_(grad: Tensor, log_s: Tensor, s: Tensor, entropy: Tensor, w
 
 
 class Divergence(Protocol):
-    """A divergence between teacher t and student s as sums over columns."""
+    """A divergence between teacher t and student s as sums over columns. To add one: CONTRIBUTING.md."""
 
     def sums_(self, log_s: Tensor, log_t: Tensor) -> Tensor:
         """Partial sums [2, n] over the columns of a tile."""
@@ -154,10 +158,19 @@ class JensenShannon:
         return common.add_(d.clamp_(min=0)).add_(sums[1].unsqueeze(-1)).mul_(s).mul_(self.beta - 1)
 
 
-def divergence(beta: float) -> Divergence:
-    if beta == 0:
+DIVERGENCES: Registry[Callable[[ObjectiveConfig], Divergence]] = Registry("divergence")
+
+
+@DIVERGENCES.register("jsd")
+def jsd(config: ObjectiveConfig) -> Divergence:
+    """The generalised Jensen-Shannon divergence (eq. 4) and, at its ends, the KL limits."""
+    if config.beta == 0:
         return ForwardKL()
-    return ReverseKL() if beta == 1 else JensenShannon(beta)
+    return ReverseKL() if config.beta == 1 else JensenShannon(config.beta)
+
+
+def divergence(config: ObjectiveConfig) -> Divergence:
+    return DIVERGENCES[config.divergence](config)
 
 
 def plackett_luce(z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

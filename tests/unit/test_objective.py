@@ -139,7 +139,8 @@ def test_the_loss_is_the_mean_over_sequences_with_a_response():
 
 
 def test_the_metrics_are_what_the_oracle_sees():
-    case = Case(ObjectiveConfig(top_k=5, threshold=0.4))
+    extra = {"entropy_gap": 0.1, "squared_divergence": 0.0}
+    case = Case(ObjectiveConfig(top_k=5, threshold=0.4, extra_terms=extra))
     out, _, _ = logits_call(case, torch.float64)
     x, sums = case.tensors(torch.float64), defaultdict(float)
     for b in range(case.batch - 1):

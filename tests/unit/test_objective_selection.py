@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nemo_tsdkd.objective import ObjectiveConfig, tsdkd_loss
-from nemo_tsdkd.objective.rules import RULES, check_rules, rule
+from nemo_tsdkd.objective import ObjectiveConfig, check_registered, extra_terms, tsdkd_loss
+from nemo_tsdkd.objective.rules import RULES, rule
 from nemo_tsdkd.objective.tokens import Tokens
 
 
@@ -57,7 +57,7 @@ def test_the_identity_chooses_every_token():
 
 def test_an_unknown_rule_is_one_clear_error():
     with pytest.raises(ValueError, match=r"objective.gate_rule = 'sharp': must be one of .*confidence.*identity"):
-        check_rules(ObjectiveConfig(gate_rule="sharp"))
+        check_registered(ObjectiveConfig(gate_rule="sharp"))
 
 
 def test_a_name_is_registered_once():
@@ -81,3 +81,14 @@ def test_the_reference_preset_counts_columns_from_where_a_response_begins():
     whole = tsdkd_loss(rows["student"], rows["teacher"], (place >= 0) & (place < lengths), config)
     for term in ("direct", "indirect", "entropy"):
         torch.testing.assert_close(getattr(whole, term), getattr(alone, term), rtol=1e-12, atol=0)
+
+
+def test_registered_names_are_asked_for_by_their_field():
+    with pytest.raises(ValueError, match=r"objective.divergence = 'l2': must be one of .*jsd"):
+        check_registered(ObjectiveConfig(divergence="l2"))
+    with pytest.raises(ValueError, match=r"objective.extra_terms = 'gap': must be one of"):
+        check_registered(ObjectiveConfig(extra_terms={"gap": 1.0}))
+    with pytest.raises(ValueError, match=r"term 'direct': a metric has this name"):
+        extra_terms.term("direct")
+    with pytest.raises(ValueError, match=r"objective.extra_terms = .*: objective.preset = gkd has no terms of others"):
+        ObjectiveConfig(preset="gkd", extra_terms={"entropy_gap": 1.0}).validate()

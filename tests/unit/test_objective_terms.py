@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nemo_tsdkd.distributed.vocab_parallel import top_k_by_id
+from nemo_tsdkd.objective import ObjectiveConfig
 from nemo_tsdkd.objective.terms import SoftmaxSums, add_entropy_grad_, divergence, plackett_luce, rank_agreement
 
 BETAS = [0.0, 1e-6, 0.1, 0.5, 0.9, 1 - 1e-6, 1.0]
@@ -17,7 +18,7 @@ def logits(*shape, scale=2.0, seed=0, dtype=torch.float64):
 
 def value_and_grad(beta, z, t):
     """The divergence of logits z and t by terms.py: values [n] and their gradient [n, V]."""
-    rule, log_t = divergence(beta), t.log_softmax(-1)
+    rule, log_t = divergence(ObjectiveConfig(beta=beta)), t.log_softmax(-1)
     sums = rule.sums_(z.log_softmax(-1), log_t.clone())
     log_s = z.log_softmax(-1)
     return rule.value(sums), rule.grad_(log_s, log_t, log_s.exp(), sums)
