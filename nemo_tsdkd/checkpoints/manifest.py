@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +23,9 @@ from nemo_tsdkd.checkpoints.atomic import sync, write_whole
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"  # subfolder of a run; holds step_1, step_2, ...
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
+UNFINISHED = "unfinished"  # mark in the folder of a checkpoint that is being written, or removed
+_STEP = re.compile(r"step_(0|[1-9][0-9]{0,17})")
 _BLOCK = 1 << 22
 
 
@@ -34,12 +36,12 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 def newest_whole(run_dir: Path) -> Path | None:
     """The run's newest checkpoint whose every byte is as it was written; the log says which were passed over."""
-    return first_whole(newest_first(run_dir), find_damage)
+    return first_whole(folders(run_dir)[::-1], find_damage)
 
 
-def first_whole(folders: Sequence[Path], damage_of: Callable[[Path], str | None]) -> Path | None:
+def first_whole(candidates: Sequence[Path], damage_of: Callable[[Path], str | None]) -> Path | None:
     """The first folder without damage; the log says which were passed over."""
-    for folder in folders:
+    for folder in candidates:
         damage = damage_of(folder)
         if damage is None:
             return folder
@@ -55,7 +57,7 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     if not has_manifest(folder):
         return "it was not written to its end (no manifest)"
     try:
-        entries = json.loads((folder / _MANIFEST).read_text())
+        entries = json.loads((folder / MANIFEST).read_text())
         return _find_change(folder, dict(sorted(entries.items())[part::parts]))
     except (ValueError, KeyError, TypeError, AttributeError):
         return "its manifest cannot be read"
@@ -78,13 +80,14 @@ def _find_change(folder: Path, entries: dict[str, Any]) -> str | None:
 
 
 def has_manifest(folder: Path) -> bool:
-    return (folder / _MANIFEST).is_file()
+    return (folder / MANIFEST).is_file()
 
 
 def contents(folder: Path) -> list[str]:
     """Names of the files that a manifest must list. One rank looks for all: on a network file system another may not
     yet see every file, and shares cut from unequal lists would leave some out."""
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST)
+    beside = {folder / MANIFEST, folder / UNFINISHED}
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p not in beside)
 
 
 def describe(folder: Path, names: Sequence[str]) -> dict[str, dict[str, int | str]]:
@@ -103,46 +106,13 @@ def write_manifest(folder: Path, entries: dict[str, dict[str, int | str]]) -> No
     """Declare a checkpoint whole: the last act of saving it, on one rank."""
     for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder, folder.parent]:
         sync(path)
-    write_whole(folder / _MANIFEST, json.dumps(entries, indent=1, sort_keys=True).encode())
+    write_whole(folder / MANIFEST, json.dumps(entries, indent=1, sort_keys=True).encode())
 
 
-def make_room(run_dir: Path, step: int) -> None:
-    """Remove, before a checkpoint of `step` is written, what stands in its place and what killed saves left.
-
-    Call it on one rank while no checkpoint is in the making.
-    """
-    for folder in _steps(run_dir):
-        if step_of(folder) == step or not has_manifest(folder):
-            remove(folder)
-
-
-def rotate(run_dir: Path, saved: int, keep_last: int, keep_every: int = 0) -> None:
-    """Remove all but the `keep_last` newest checkpoints up to the just `saved` step, and each `keep_every`-th step's.
-
-    Those of later steps go too: they were found damaged, or the run would not have come from before them.
-    """
-    steps = _steps(run_dir)
-    whole = [folder for folder in steps if has_manifest(folder) and step_of(folder) <= saved]
-    kept = set(whole[-keep_last:]) | {f for f in whole if keep_every and step_of(f) % keep_every == 0}
-    for folder in set(steps) - kept:
-        remove(folder)
-
-
-def remove(folder: Path) -> None:
-    """Remove a checkpoint, whole or not; killed half-way, what is left does not count as a checkpoint."""
-    (folder / _MANIFEST).unlink(missing_ok=True)
-    if folder.exists():
-        sync(folder)
-        shutil.rmtree(folder)
-
-
-def newest_first(run_dir: Path) -> list[Path]:
-    """All folders of a run's checkpoints, whole or not."""
-    return _steps(run_dir)[::-1]
-
-
-def _steps(run_dir: Path) -> list[Path]:
-    return sorted((p for p in (run_dir / CHECKPOINTS).glob("step_*") if p.name[5:].isdecimal()), key=step_of)
+def folders(run_dir: Path) -> list[Path]:
+    """All folders of a run's checkpoints, whole or not, linked ones too, by their steps. A file is no checkpoint."""
+    named = [p for p in (run_dir / CHECKPOINTS).glob("step_*") if _STEP.fullmatch(p.name)]
+    return sorted((p for p in named if p.is_dir()), key=step_of)
 
 
 def step_of(folder: Path) -> int:

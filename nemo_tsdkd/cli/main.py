@@ -6,16 +6,21 @@ import argparse
 import atexit
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.distributed import launch
+from nemo_tsdkd.distributed.signals import follow_launcher, leave_at_once
 
 
 def train(argv: Sequence[str]) -> None:
     place = launch.environment()
+    command = launch.command_line(["train", *argv])
+    leave_at_once(command, speaks=place.rank == 0)
+    follow_launcher()
     from nemo_tsdkd.checks.setup import check_ranks, check_setup
     from nemo_tsdkd.config.compose import add_config_arguments, config_from
 
@@ -26,7 +31,14 @@ def train(argv: Sequence[str]) -> None:
     check_ranks(config, place.world_size)
     from nemo_tsdkd.megatron.train import train
 
-    train(config)
+    if (stopped := train(config)) is None:
+        return
+    if place.rank == 0:
+        name = signal.Signals(stopped.signum).name
+        line = f"{name}: stopped after step {stopped.step}, saved in {stopped.checkpoint}. Go on with: {command}"
+        print(f"nemo-tsdkd: {line}", file=sys.stderr, flush=True)
+    if stopped.exit_status:
+        sys.exit(stopped.exit_status)
 
 
 def check(argv: Sequence[str]) -> None:
@@ -100,10 +112,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run() -> None:
     """The command as a process of its own: `main`, and out as soon as the work is done."""
-    main()
+    status: object = 0
+    try:
+        main()
+    except SystemExit as error:
+        status = error.code
     # Python would first take apart, object by object, what NeMo's imports built: 4 s in every rank, in which a
     # preempted job must leave its nodes, and in which a library's destructor may still crash or hang.
     atexit._run_exitfuncs()  # logging and multiprocessing put their things in order here
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status if isinstance(status, int) else 0 if status is None else 1)

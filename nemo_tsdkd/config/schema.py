@@ -251,6 +251,7 @@ class CheckpointConfig:
     every_minutes: float = 30.0  # saves as well when so much time has passed: what a failure may cost at long steps
     keep_last: int = 2  # newest checkpoints kept
     keep_every: int = 0  # besides these, one each so many steps is kept for good; 0: none
+    start_over: bool = False  # allow a run whose checkpoints are all damaged or gone to begin again at step 1
     async_save: bool = False  # write in the background while training goes on; not with teacher.offload_hidden_states
 
     def validate(self) -> None:

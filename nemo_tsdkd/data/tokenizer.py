@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS
+from nemo_tsdkd.checkpoints.run_record import content_digest
 from nemo_tsdkd.checkpoints.transformers5 import readable_folder
 from nemo_tsdkd.config.validation import UserError
 
@@ -87,6 +88,16 @@ def response_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> s
     return tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
+# What the two models must agree in beside the vocabulary, and a resumed run with its beginning.
+_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template")
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of vocabulary, special ids and chat template, wherever the tokenizer's files lie."""
+    settings = {name: getattr(tokenizer, name) for name in _SETTINGS}
+    return content_digest({"vocabulary": tokenizer.get_vocab(), "settings": settings})
+
+
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
     """Raise UserError with the first difference in vocabulary, special ids or chat template.
 
@@ -95,7 +106,7 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     student_vocab, teacher_vocab = student.get_vocab(), teacher.get_vocab()
     for token in sorted(student_vocab.keys() | teacher_vocab.keys()):
         _same(f"the id of token {token!r}", student_vocab.get(token), teacher_vocab.get(token))
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template"):
+    for name in _SETTINGS:
         _same(name, getattr(student, name), getattr(teacher, name))
 
 

@@ -8,14 +8,18 @@ those are set anew. Imports no torch.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import socket
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemo_tsdkd.config.validation import UserError
 
 FIRST_PORT, PORTS = 15000, 10000  # below Linux's ephemeral range (32768-60999), so no outgoing connection holds one
+
+_SLURM = "slurm-"  # begins the run id that we set for srun's ranks
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def environment() -> Launch:
             GROUP_RANK=env["SLURM_NODEID"],
             # Lightning's Slurm environment would answer SIGUSR1 with a checkpoint and a requeue of its own;
             # this variable makes it choose the torchelastic one, which reads the variables above and nothing else.
-            TORCHELASTIC_RUN_ID=f"slurm-{env['SLURM_JOB_ID']}",
+            TORCHELASTIC_RUN_ID=_SLURM + env["SLURM_JOB_ID"],
         )
         if "MASTER_ADDR" not in env:
             env["MASTER_ADDR"] = hosts()[0]
@@ -87,6 +91,21 @@ def environment() -> Launch:
         master_addr=env["MASTER_ADDR"],
         master_port=int(env["MASTER_PORT"]),
     )
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """What to type to run `nemo-tsdkd ARGUMENTS` as it was started here. Call it after `environment`."""
+    words = shlex.join(arguments)
+    if by_torchrun():
+        nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        several = f"--nnodes {nodes} " if nodes > 1 else ""
+        return f"torchrun {several}--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} -m nemo_tsdkd {words}"
+    return f"{'srun ' if 'SLURM_STEP_NUM_TASKS' in os.environ else ''}nemo-tsdkd {words}"
+
+
+def by_torchrun() -> bool:
+    """Whether torchrun started this rank. Call it after `environment`, which sets torchrun's variable under Slurm."""
+    return not os.environ.get("TORCHELASTIC_RUN_ID", _SLURM).startswith(_SLURM)
 
 
 def _free_port() -> int:

@@ -14,16 +14,42 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
+from nemo_tsdkd.checkpoints.manifest import step_folder
+from nemo_tsdkd.checkpoints.run_lock import Claim
 from nemo_tsdkd.config.schema import CheckpointConfig
+from nemo_tsdkd.config.validation import UserError
+from nemo_tsdkd.distributed.groups import from_rank_zero
+from nemo_tsdkd.distributed.signals import Stopped, on_stop_signals
 from nemo_tsdkd.megatron.checkpoints.save import (
-    STOP_SIGNALS,
     RunCheckpoints,
+    mark_finished,
     restore_random_state,
     start_writers_queue,
 )
 from nemo_tsdkd.reporting.metrics import RunWriter
 
 logger = logging.getLogger(__name__)
+
+
+class KeepLock(pl.Callback):
+    """Ends the run on every rank after a step in which another process took it over: nothing of it is written then.
+
+    Raises:
+        UserError: who took it over.
+    """
+
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+
+    def on_train_batch_end(self, trainer: pl.Trainer, model: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        lost = False
+        if trainer.is_global_zero:
+            try:
+                self.claim.require()
+            except UserError:
+                lost = True
+        if any(_largest(lost)):
+            from_rank_zero(self.claim.require)
 
 
 class Report(pl.Callback):
@@ -68,28 +94,29 @@ class Report(pl.Callback):
 
 
 class SaveAndStop(pl.Callback):
-    """Saves every n steps, every so many minutes and at the last step; and when the cluster asks the job to leave
-    (SIGTERM, SIGUSR1), to stop then."""
+    """Saves every n steps, every so many minutes and at the last step; and on a stop signal, to stop then."""
+
+    stopped: Stopped | None = None
 
     def __init__(self, checkpoints: RunCheckpoints, source: Path, reuse: int) -> None:
         self.checkpoints = checkpoints
         self.source = source
         self.reuse = reuse
-        self._asked_to_stop = False
+        self._stop_signal = 0
         self._saved_at = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, model: Any) -> None:
         if trainer.ckpt_path:
             restore_random_state(Path(trainer.ckpt_path))
         # After Lightning's own handlers, which would raise in the middle of a step on one rank alone.
-        for signum in STOP_SIGNALS:
-            signal.signal(signum, self._note_signal)
+        on_stop_signals(self._note_signal)
         start_writers_queue()
         self._saved_at = time.monotonic()
 
     def _note_signal(self, signum: int, frame: FrameType | None) -> None:
-        logger.warning("%s: saving after this step, then stopping.", signal.Signals(signum).name)
-        self._asked_to_stop = True
+        again = " Ctrl-C once more ends it at once." if signum == signal.SIGINT else ""
+        logger.warning("%s: saving after this step, then stopping.%s", signal.Signals(signum).name, again)
+        self._stop_signal = signum
 
     def on_train_batch_end(self, trainer: pl.Trainer, model: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -98,17 +125,20 @@ class SaveAndStop(pl.Callback):
             return  # a set of rollouts is not part of a checkpoint: save where the next step would write a new one
         config: CheckpointConfig = self.checkpoints.config
         minutes = (time.monotonic() - self._saved_at) / 60
-        stop, due = _on_any_rank(self._asked_to_stop, minutes >= config.every_minutes)
+        stop, due = _largest(self._stop_signal, minutes >= config.every_minutes)
         if stop or due or last or step % config.every_n_steps == 0:
-            self.checkpoints.save(trainer, self.source, wait=stop or last)
+            self.checkpoints.save(trainer, self.source, wait=bool(stop) or last)
             self._saved_at = time.monotonic()
         if last and trainer.is_global_zero:
-            self.checkpoints.mark_finished()
-        trainer.should_stop = trainer.should_stop or stop
+            mark_finished(self.checkpoints.run_dir)
+        if stop and not last:
+            self.stopped = Stopped(stop, step, step_folder(self.checkpoints.run_dir, step))
+            trainer.should_stop = True
 
 
-def _on_any_rank(*conditions: bool) -> list[bool]:
-    """Signals reach the ranks at different moments, and their clocks differ: all do the same after the same step."""
-    values = torch.tensor(conditions, dtype=torch.int32, device=torch.cuda.current_device())
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return [bool(value) for value in values.tolist()]
+def _largest(*values: int) -> list[int]:
+    """The largest of each value over all ranks. Signals reach the ranks at different moments, and their clocks differ:
+    all must do the same after the same step."""
+    largest = torch.tensor(values, dtype=torch.int32, device=torch.cuda.current_device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +15,90 @@ from nemo.collections import llm
 from transformers import PreTrainedTokenizerBase
 
 from nemo_tsdkd.checkpoints.manifest import step_of
+from nemo_tsdkd.checkpoints.retention import set_aside, was_saved
+from nemo_tsdkd.checkpoints.run_record import RunRecord, open_record, student_digest
 from nemo_tsdkd.checkpoints.shape import padded_vocab_size
+from nemo_tsdkd.checkpoints.start_over import begin
 from nemo_tsdkd.checks.precision import check_engine, model_settings, plugin_settings
 from nemo_tsdkd.config.schema import TrainConfig
 from nemo_tsdkd.data.dataset import PromptDataset
-from nemo_tsdkd.data.tokenizer import Vocabulary, check_same_tokenizer, load_tokenizer
-from nemo_tsdkd.distributed.groups import process_group, rank_zero_first
-from nemo_tsdkd.megatron.callbacks import Report, SaveAndStop
+from nemo_tsdkd.data.tokenizer import Vocabulary, check_same_tokenizer, load_tokenizer, tokenizer_digest
+from nemo_tsdkd.distributed.groups import from_rank_zero, process_group, rank_zero_first
+from nemo_tsdkd.distributed.signals import Stopped
+from nemo_tsdkd.megatron.callbacks import KeepLock, Report, SaveAndStop
 from nemo_tsdkd.megatron.checkpoints.load import gpt_config, resolve
-from nemo_tsdkd.megatron.checkpoints.save import RunCheckpoints
+from nemo_tsdkd.megatron.checkpoints.save import RunCheckpoints, find_checkpoint, lock_run, mark_finished
 from nemo_tsdkd.megatron.datamodule import SampleModule
 from nemo_tsdkd.megatron.model import Checkpoints, TSDKDModel
 from nemo_tsdkd.megatron.strategy import TSDKDStrategy
 from nemo_tsdkd.reporting.metrics import RunWriter
-from nemo_tsdkd.reporting.provenance import save_provenance
+from nemo_tsdkd.reporting.provenance import changed_settings, save_provenance
+
+logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig) -> None:
-    """Run or resume the distillation of `config` on this rank. Call `check_setup(config)` first, as the command does
-    before NeMo is imported.
+def train(config: TrainConfig) -> Stopped | None:
+    """Run or resume the distillation of `config` on this rank; return what ended it early, if a stop signal did.
+
+    Call `check_setup(config)` first, as the command does before NeMo is imported.
 
     Raises:
-        UserError: a GPU, checkpoint or data set with which `config` cannot be trained, before any model is built.
+        UserError: a GPU, checkpoint or data set with which `config` cannot be trained, or a run folder in which another
+            process trains, before any model is built; later, that another process took the run over.
         FloatingPointError: a loss or gradient that is not finite, on every rank.
         OSError: the run's disk is full.
     """
     check_engine(config)
     run_dir = Path(config.run_dir)
-    checkpoints = RunCheckpoints(run_dir, config.checkpoint)
-    with process_group():
-        checkpoint = checkpoints.to_resume()
-        if checkpoint and step_of(checkpoint) >= config.max_steps:
-            _end_again(checkpoints, config.max_steps, step_of(checkpoint))
-            return
+    with process_group(), lock_run(run_dir) as claim:
+        checkpoint, damaged = find_checkpoint(run_dir)
+        if checkpoint is None:
+            from_rank_zero(lambda: begin(run_dir, damaged, config.checkpoint.start_over))
+        elif step_of(checkpoint) >= config.max_steps:
+            _end_again(run_dir, config.max_steps, step_of(checkpoint))
+            return None
         tokenizer = load_tokenizer(config.student.path)
         check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.path))
         vocabulary = Vocabulary.of(tokenizer, config.student.path)
         data = build_data(config, tokenizer, vocabulary)
         model = build_model(config, vocabulary, run_dir, resumes=checkpoint is not None)
-        if dist.get_rank() == 0:
-            save_provenance(run_dir, config)
-        callbacks = [
-            Report(run_dir, config.progress_bar),
-            SaveAndStop(checkpoints, model.checkpoints.student, config.rollout.reuse),
-        ]
+        student, digest = model.checkpoints.student, tokenizer_digest(tokenizer)
+        record = from_rank_zero(lambda: _begin_attempt(config, checkpoint, damaged, student, digest))
+        checkpoints = RunCheckpoints(run_dir, config.checkpoint, claim, record)
+        save_and_stop = SaveAndStop(checkpoints, student, config.rollout.reuse)
+        callbacks = [KeepLock(claim), Report(run_dir, config.progress_bar), save_and_stop]
         with checkpoints.report_full_disk():
             build_trainer(config, callbacks).fit(model, datamodule=data, ckpt_path=checkpoint)
+        return save_and_stop.stopped
 
 
-def _end_again(checkpoints: RunCheckpoints, max_steps: int, step: int) -> None:
+def _begin_attempt(
+    config: TrainConfig, checkpoint: Path | None, damaged: dict[Path, str], student: Path, tokenizer: str
+) -> RunRecord:
+    """Write down what this attempt trains and with which settings; the run's record. Call it on rank 0.
+
+    Raises:
+        UserError: the run has trained another student, or for another tokenizer.
+    """
+    run_dir = Path(config.run_dir)
+    record = open_record(run_dir, checkpoint, student_digest(student), tokenizer)
+    for folder in filter(was_saved, damaged):
+        set_aside(folder)  # it could count again at a later resume, when the run has gone another way
+    where = f"resumes from {checkpoint.name}" if checkpoint else "begins at step 1"
+    changes = changed_settings(run_dir, config)
+    logger.info("%s: %s%s", run_dir, where, " with other settings:" if changes else ".")
+    for change in changes:
+        logger.info("  %s", change)
+    save_provenance(run_dir, config)
+    return record
+
+
+def _end_again(run_dir: Path, max_steps: int, step: int) -> None:
     """Write what a run writes at its end: an attempt may have been killed after its last checkpoint and before that."""
     if dist.get_rank() == 0:
-        writer = RunWriter(checkpoints.run_dir, max_steps, progress=False, resume_step=step)
+        writer = RunWriter(run_dir, max_steps, progress=False, resume_step=step)
         writer.close({"steps": step, "finished": True})
-        checkpoints.mark_finished()
+        mark_finished(run_dir)
 
 
 def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> SampleModule:

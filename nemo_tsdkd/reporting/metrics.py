@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -15,11 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from nemo_tsdkd.checkpoints.atomic import write_json, write_whole
+from nemo_tsdkd.checkpoints.start_over import METRICS
 from nemo_tsdkd.objective import Metrics
 
 matplotlib.use("Agg")  # compute nodes have no display
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
+
+logger = logging.getLogger(__name__)
 
 # figure -> (unit of its y axis, metrics drawn into it)
 PLOTS = {
@@ -47,14 +52,14 @@ class RunWriter:
     def __init__(self, run_dir: str | Path, total_steps: int, progress: bool = True, resume_step: int = 0) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.path = self.run_dir / "metrics.jsonl"
+        self.path = self.run_dir / METRICS
         _keep_until(self.path, resume_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=resume_step + 1)
         self._display = _Display(total_steps, resume_step) if progress else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Record one step's metrics (plain numbers).
+        """Record one step's metrics (plain numbers), on the disk when it returns.
 
         Raises:
             ValueError: a metric of REQUIRED is missing, or one is NaN or infinite (strict JSON has neither).
@@ -66,6 +71,7 @@ class RunWriter:
                 raise ValueError(f"step {step}: {key} = {value}: not finite. Lower optim.lr or look at the data.")
         self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
         for key, value in values.items():
             self._tensorboard.add_scalar(key, value, step)
         if self._display:
@@ -113,12 +119,31 @@ class _Display:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The steps of a metrics.jsonl in file order, without the half line that a killed writer leaves."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The steps of a metrics.jsonl in file order. The half line that a killed writer leaves is left out; so are
+    garbage and NUL lines, as a failing disk leaves them, and the log names each."""
+    rows = []
+    *lines, _ = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        row = _row(line)
+        if row is None:
+            logger.warning("%s: line %d is no step's metrics and is left out: %.60r.", path, number, line)
+        else:
+            rows.append(row)
+    return rows
+
+
+def _row(line: bytes) -> dict[str, float] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return None
+    if not isinstance(row, dict) or not all(type(v) in (int, float) and math.isfinite(v) for v in row.values()):
+        return None
+    return row if type(row.get("step")) is int else None
 
 
 def _keep_until(path: Path, step: int) -> None:
+    """Cut what an interrupted attempt wrote beyond a step, and what is no metrics."""
     if path.exists():
         kept = [row for row in read_metrics(path) if row["step"] <= step]
         write_whole(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept).encode())
@@ -129,7 +154,7 @@ def _plot(metrics: Path, folder: Path) -> None:
     for name, (unit, keys) in PLOTS.items():
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for key in keys:
-            axes.plot([row["step"] for row in rows], [row[key] for row in rows], label=key)
+            axes.plot([row["step"] for row in rows], [row.get(key, math.nan) for row in rows], label=key)
         axes.set(xlabel="step", ylabel=unit, title=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()

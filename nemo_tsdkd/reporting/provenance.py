@@ -1,4 +1,7 @@
-"""What made a run: its resolved configuration, the packages' versions, the git revision. Needs no torch to import."""
+"""What made a run: the resolved configuration of each attempt, the packages' versions, the git revision.
+
+Needs no torch to import.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,59 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from nemo_tsdkd.checkpoints.atomic import write_json, write_whole
 from nemo_tsdkd.config.schema import TrainConfig
 
 PACKAGES = ("nemo-tsdkd", "torch", "nemo_toolkit", "megatron-core", "transformer-engine", "transformers")
+ATTEMPTS = "attempts"  # subfolder of a run
+_ABSENT = object()
 
 
 def save_provenance(run_dir: str | Path, config: TrainConfig) -> None:
-    """Write what made the run: config.yaml (every field resolved) and versions.json (packages, git revision)."""
+    """Write what made the run: config.yaml (every field resolved) and versions.json (packages, git revision).
+
+    `attempts/N.yaml` keeps the configuration of each attempt; config.yaml is that of the last one.
+    """
     folder = Path(run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+    (folder / ATTEMPTS).mkdir(parents=True, exist_ok=True)
+    text = OmegaConf.to_yaml(OmegaConf.structured(config)).encode()
+    past = [int(p.stem) for p in (folder / ATTEMPTS).glob("*.yaml") if p.stem.isascii() and p.stem.isdecimal()]
+    write_whole(folder / ATTEMPTS / f"{max(past, default=0) + 1:04}.yaml", text)
+    write_whole(folder / "config.yaml", text)
     versions = {"python": platform.python_version(), **installed_versions(), "git": git_state()}
     write_json(folder / "versions.json", versions)
+
+
+def changed_settings(run_dir: str | Path, config: TrainConfig) -> list[str]:
+    """Fields that differ from those of the run's last attempt, each as "field: before -> now"; one line that says so
+    where the last configuration cannot be read. Empty for a new run."""
+    path = Path(run_dir, "config.yaml")
+    if not path.exists():
+        return []
+    try:
+        before = _flat(yaml.safe_load(path.read_bytes()))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return [f"{path} cannot be read: what has changed since the last attempt is not known"]
+    now = _flat(OmegaConf.to_container(OmegaConf.structured(config)))
+    return [
+        f"{name}: {before.get(name, 'not there')} -> {now.get(name, 'not there')}"
+        for name in dict.fromkeys([*now, *before])
+        if name != "run_dir" and before.get(name, _ABSENT) != now.get(name, _ABSENT)
+    ]
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        raise ValueError("a configuration is a mapping")
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def git_state(source: Path = Path(__file__)) -> dict[str, str | bool]:

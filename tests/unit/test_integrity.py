@@ -17,9 +17,7 @@ from nemo_tsdkd.checkpoints.manifest import (
     describe,
     find_damage,
     has_manifest,
-    make_room,
     newest_whole,
-    rotate,
     step_folder,
     write_manifest,
 )
@@ -34,10 +32,6 @@ def write(run_dir, step, whole=True):
     if whole:
         write_manifest(folder, describe(folder, contents(folder)))
     return folder
-
-
-def names(run_dir):
-    return sorted(p.name for p in (run_dir / "checkpoints").iterdir())
 
 
 def test_the_newest_by_number_is_found(tmp_path):
@@ -92,35 +86,6 @@ def test_ranks_describe_disjoint_shares_of_all_files(tmp_path):
     assert shares[0] | shares[1] | shares[2] == describe(folder, contents(folder))
 
 
-def test_retention(tmp_path):
-    for step in range(1, 9):
-        write(tmp_path, step)
-    write(tmp_path, 10, whole=False)  # a save that was killed
-    rotate(tmp_path, 8, keep_last=2, keep_every=3)
-    assert names(tmp_path) == ["step_3", "step_6", "step_7", "step_8"]
-
-
-def test_retention_keeps_the_only_whole_one(tmp_path):
-    write(tmp_path, 1)
-    write(tmp_path, 2, whole=False)
-    rotate(tmp_path, 1, keep_last=1)
-    assert names(tmp_path) == ["step_1"]
-
-
-def test_retention_keeps_what_was_just_saved_and_drops_the_damaged_one_it_came_from_before(tmp_path):
-    write(tmp_path, 50), write(tmp_path, 100)
-    (step_folder(tmp_path, 100) / "state.json").write_text("damaged")
-    write(tmp_path, 73)  # resumed from 50, saved early
-    rotate(tmp_path, 73, keep_last=1)
-    assert names(tmp_path) == ["step_73"] and newest_whole(tmp_path) == step_folder(tmp_path, 73)
-
-
-def test_room_is_made_of_what_killed_saves_left(tmp_path):
-    write(tmp_path, 50), write(tmp_path, 60, whole=False), write(tmp_path, 70), write(tmp_path, 80, whole=False)
-    make_room(tmp_path, 70)
-    assert names(tmp_path) == ["step_50"]
-
-
 def test_a_file_that_cannot_be_read_is_damage_not_the_end(tmp_path, monkeypatch):
     older, newer = write(tmp_path, 1), write(tmp_path, 2)
     read = manifest.digests
@@ -133,14 +98,6 @@ def test_a_file_that_cannot_be_read_is_damage_not_the_end(tmp_path, monkeypatch)
     monkeypatch.setattr(manifest, "digests", bad_disk)
     assert find_damage(newer) == "it cannot be read ([Errno 5] Input/output error)"
     assert newest_whole(tmp_path) == older
-
-
-def test_a_removal_that_is_killed_leaves_nothing_that_counts(tmp_path, monkeypatch):
-    write(tmp_path, 1), write(tmp_path, 2)
-    monkeypatch.setattr(manifest.shutil, "rmtree", lambda folder: (folder / "state.json").unlink())
-    rotate(tmp_path, 2, keep_last=1)
-    assert newest_whole(tmp_path) == step_folder(tmp_path, 2)
-    assert find_damage(step_folder(tmp_path, 1)) == "it was not written to its end (no manifest)"
 
 
 def test_a_full_disk_while_sealing_leaves_the_older_checkpoint(tmp_path, monkeypatch):

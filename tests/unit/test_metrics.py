@@ -1,6 +1,8 @@
 """Files of a run: strict, atomic, and the same after a resume as without an interruption."""
 
 import json
+import logging
+import os
 import subprocess
 
 import pytest
@@ -9,8 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import nemo_tsdkd
 from nemo_tsdkd.config.schema import DataConfig, ModelConfig, TeacherConfig, TrainConfig
+from nemo_tsdkd.reporting import metrics
 from nemo_tsdkd.reporting.metrics import PLOTS, REQUIRED, RunWriter, read_metrics
-from nemo_tsdkd.reporting.provenance import git_state, save_provenance
+from nemo_tsdkd.reporting.provenance import changed_settings, git_state, save_provenance
 
 
 def values(step):
@@ -51,6 +54,54 @@ def test_a_new_run_in_an_old_folder_starts_over(tmp_path):
     write_steps(tmp_path, range(1, 4))
     write_steps(tmp_path, range(1, 2), summary={})
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+GARBAGE = [
+    b"\0" * 40,
+    b"\xff\xfe garbage",
+    b'{"step": 3, "lo\0s": NaN}',
+    b'{"loss": 1.0}',
+    b'{"step": "3", "loss": 1.0}',
+    b'{"step": 3, "loss": 1e999}',
+    b'{"step": true}',
+    b"[3]",
+    b"3",
+    b"",
+    b"[" * 100_000,
+    b"9" * 5_000,
+]
+
+
+def test_garbage_lines_are_cut_and_named(tmp_path, caplog):
+    """In the middle and at the end of a file that is resumed."""
+    path = tmp_path / "metrics.jsonl"
+    write_steps(tmp_path, range(1, 7))
+    rows = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(rows[:2]) + b"".join(line + b"\n" for line in GARBAGE) + b"".join(rows[2:]) + b"\0\0\0")
+    with caplog.at_level(logging.WARNING):
+        write_steps(tmp_path, range(5, 9), resume_step=4, summary={})
+    named = [f"line {3 + n} is no step's metrics and is left out" for n in range(len(GARBAGE))]
+    assert [any(name in text for text in caplog.messages) for name in named] == [True] * len(GARBAGE)
+    assert max(map(len, caplog.messages)) < 250 + len(str(path))
+    write_steps(tmp_path / "whole", range(1, 9), summary={})
+    assert path.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_a_row_that_lost_a_metric_does_not_end_the_run_at_its_plots(tmp_path):
+    writer = write_steps(tmp_path, range(1, 4))
+    text = writer.path.read_text()
+    writer.path.write_text(text.replace('"entropy"', '"entrppy"', 1))
+    writer.close({})
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_every_row_is_on_the_disk_before_the_next_step(tmp_path, monkeypatch):
+    synced = []
+    writer = RunWriter(tmp_path, 10, progress=False)
+    monkeypatch.setattr(metrics.os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+    for step in (1, 2):
+        writer.write(step, values(step))
+        assert synced[-1] == writer.path.stat().st_size and len(synced) == step
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -95,6 +146,39 @@ def test_provenance(tmp_path):
     assert versions["megatron-core"] == "0.15.3"
     assert versions["nemo-tsdkd"] == nemo_tsdkd.__version__
     assert versions["git"].keys() == {"revision", "dirty"}
+
+
+def test_each_attempt_s_configuration_stays_and_what_changed_is_told(tmp_path):
+    config = TrainConfig(run_dir="r", student=ModelConfig("s"), teacher=TeacherConfig("t"), data=DataConfig(path="d"))
+    assert changed_settings(tmp_path, config) == []
+    save_provenance(tmp_path, config)
+    assert changed_settings(tmp_path, config) == []
+    config.run_dir = "moved"
+    config.optim.lr, config.objective.beta, config.data.seq_length = 3e-6, 0.5, 512
+    config.teacher.path, config.precision.name, config.data.limit = "u", "fp32", 5
+    told = {
+        "optim.lr: 1e-05 -> 3e-06",
+        "objective.beta: 0.9 -> 0.5",
+        "data.seq_length: 2048 -> 512",
+        "data.limit: None -> 5",
+        "teacher.path: t -> u",
+        "precision.name: bf16 -> fp32",
+    }
+    assert set(changed_settings(tmp_path, config)) == told
+    save_provenance(tmp_path, config)
+    attempts = [OmegaConf.load(tmp_path / "attempts" / f"000{n}.yaml") for n in (1, 2)]
+    assert [attempt.optim.lr for attempt in attempts] == [1e-5, 3e-6]
+    assert OmegaConf.load(tmp_path / "config.yaml") == attempts[1]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[1]", b"\xff\xfe\0", b"a: [", b"a: !!python/object:os.system {}", b"\0" * 99]
+)
+def test_a_damaged_last_configuration_is_no_end(content, tmp_path):
+    (tmp_path / "config.yaml").write_bytes(content)
+    config = TrainConfig(run_dir="r", student=ModelConfig("s"), teacher=TeacherConfig("t"), data=DataConfig(path="d"))
+    (told,) = changed_settings(tmp_path, config)
+    assert "config.yaml cannot be read" in told
 
 
 def test_git_state(tmp_path):

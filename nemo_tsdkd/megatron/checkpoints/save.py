@@ -10,7 +10,7 @@ import random
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import resource_tracker
@@ -26,22 +26,16 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_tsdkd.checkpoints.atomic import write_whole
-from nemo_tsdkd.checkpoints.manifest import (
-    contents,
-    describe,
-    find_damage,
-    first_whole,
-    make_room,
-    newest_first,
-    rotate,
-    step_folder,
-    write_manifest,
-)
+from nemo_tsdkd.checkpoints.manifest import contents, describe, find_damage, first_whole, folders, step_folder
+from nemo_tsdkd.checkpoints.retention import begin_checkpoint, rotate, seal
+from nemo_tsdkd.checkpoints.run_lock import Claim, lock
+from nemo_tsdkd.checkpoints.run_record import RunRecord
+from nemo_tsdkd.checkpoints.start_over import FINISHED, LAST_STEP
 from nemo_tsdkd.config.schema import CheckpointConfig
 from nemo_tsdkd.distributed.groups import from_rank_zero
+from nemo_tsdkd.distributed.signals import STOP_SIGNALS
 
 _PROBE = 1 << 20  # bytes
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a cluster's request to save and leave
 
 
 def start_writers_queue() -> None:
@@ -58,6 +52,35 @@ def start_writers_queue() -> None:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def lock_run(run_dir: Path) -> Iterator[Claim]:
+    """Hold the run's lock, by rank 0. Collective.
+
+    Raises:
+        UserError: on every rank, if another living process holds it.
+    """
+    with ExitStack() as stack:
+        yield from_rank_zero(lambda: stack.enter_context(lock(run_dir)))
+
+
+def find_checkpoint(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest whole checkpoint, and what is wrong with each newer one. The same on every rank; collective.
+
+    Rank 0 lists the checkpoints, and each rank reads a share of the files: one alone would read for minutes.
+    """
+    damaged: dict[Path, str] = {}
+
+    def damage_of(folder: Path) -> str | None:
+        found: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, find_damage(folder, dist.get_rank(), len(found)))
+        damage = next((damage for damage in found if damage), None)
+        if damage:
+            damaged[folder] = damage
+        return damage
+
+    return first_whole(from_rank_zero(lambda: folders(run_dir)[::-1]), damage_of), damaged
+
+
 @dataclass(frozen=True)
 class RunCheckpoints:
     """The checkpoints of one run, and what else its folder says of how far it got. Holds no state of its own: NeMo
@@ -65,19 +88,8 @@ class RunCheckpoints:
 
     run_dir: Path
     config: CheckpointConfig
-
-    def to_resume(self) -> Path | None:
-        """The newest whole checkpoint, the same on every rank. Collective.
-
-        Rank 0 lists the checkpoints, and each rank reads a share of the files: one alone would read for minutes.
-        """
-
-        def damage_of(folder: Path) -> str | None:
-            found: list[str | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(found, find_damage(folder, dist.get_rank(), len(found)))
-            return next((damage for damage in found if damage), None)
-
-        return first_whole(from_rank_zero(lambda: newest_first(self.run_dir)), damage_of)
+    claim: Claim
+    record: RunRecord
 
     def save(self, trainer: pl.Trainer, source: Path, *, wait: bool) -> None:
         """Write the checkpoint of the trainer's step, then its manifest, then remove old checkpoints. Collective.
@@ -94,7 +106,7 @@ class RunCheckpoints:
         if self.config.async_save:
             io.maybe_finalize_save_checkpoint(blocking=True)  # one unfinished checkpoint at a time
         if dist.get_rank() == 0:
-            make_room(self.run_dir, step)
+            begin_checkpoint(self.run_dir, step, self.record)
             shutil.copytree(source / "context", folder / "context")
             (folder / "random").mkdir()
         dist.barrier()
@@ -107,21 +119,25 @@ class RunCheckpoints:
             io.maybe_finalize_save_checkpoint(blocking=True)
 
     def _finish(self, step: int) -> None:
-        """Write the manifest, once all ranks have written their files; then remove old checkpoints. Collective."""
+        """Write the manifest, once all ranks have written their files; then remove old checkpoints. Collective.
+
+        Raises:
+            UserError: on every rank, if another process has taken the run over meanwhile.
+        """
         folder, rank, world_size = step_folder(self.run_dir, step), dist.get_rank(), dist.get_world_size()
         dist.barrier()
-        names = from_rank_zero(lambda: contents(folder))
+        names = from_rank_zero(lambda: self._contents(folder))
         entries: list[Any] = [None] * world_size
         dist.all_gather_object(entries, describe(folder, names[rank::world_size]))
         if rank == 0:
-            write_manifest(folder, {name: entry for part in entries for name, entry in part.items()})
-            rotate(self.run_dir, step, self.config.keep_last, self.config.keep_every)
-            write_whole(self.run_dir / "last_step", f"{step}\n".encode())  # the job script reads progress from it
+            seal(folder, {name: entry for part in entries for name, entry in part.items()})
+            rotate(self.run_dir, step, self.record.run, self.config.keep_last, self.config.keep_every)
+            write_whole(self.run_dir / LAST_STEP, f"{step}\n".encode())  # the job script reads progress from it
         dist.barrier()
 
-    def mark_finished(self) -> None:
-        """Write `FINISHED`: a job that finds it does not run again."""
-        (self.run_dir / "FINISHED").touch()
+    def _contents(self, folder: Path) -> list[str]:
+        self.claim.require()
+        return contents(folder)
 
     @contextmanager
     def report_full_disk(self) -> Iterator[None]:
@@ -144,6 +160,11 @@ class RunCheckpoints:
             finally:
                 probe.unlink(missing_ok=True)
             raise
+
+
+def mark_finished(run_dir: Path) -> None:
+    """Write `FINISHED`: a job that finds it does not run again."""
+    (run_dir / FINISHED).touch()
 
 
 def random_state() -> dict[str, Any]:
