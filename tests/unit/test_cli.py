@@ -1,8 +1,11 @@
 """The command as a user types it: help, errors and exit status, without the heavy stack."""
 
+import shlex
+import signal
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import tiny_hf
@@ -11,6 +14,7 @@ from omegaconf import OmegaConf
 import nemo_tsdkd.cli.main
 from nemo_tsdkd.config.schema import TrainConfig
 from nemo_tsdkd.data.batch import make_micro_batches
+from nemo_tsdkd.distributed.signals import Stopped
 
 HF_BARS = "HF_DATASETS_DISABLE_PROGRESS_BARS"
 OPEN = ["run_dir=run", "student.path=/nowhere", "teacher.path=/nowhere", "data.path=data.jsonl"]
@@ -21,6 +25,7 @@ def one_process(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_LOCALID", HF_BARS):
         monkeypatch.setenv(name, "0")  # so that monkeypatch takes back whatever launch.environment() sets
         monkeypatch.delenv(name)
+    monkeypatch.setattr(nemo_tsdkd.cli.main, "leave_at_once", lambda command, speaks: None)  # this is pytest's process
 
 
 def run(capsys, *argv):
@@ -124,8 +129,8 @@ def test_a_defect_keeps_its_traceback(monkeypatch, main, kind):
 
 @pytest.fixture
 def trained(monkeypatch):
-    configs = []
-    stand_in = types.SimpleNamespace(train=configs.append)  # the real one is tested in tests/stack
+    configs = []  # the real one is tested in tests/stack
+    stand_in = types.SimpleNamespace(train=lambda config: configs.append(config))
     monkeypatch.setitem(sys.modules, "nemo_tsdkd.megatron", types.SimpleNamespace(train=stand_in))
     monkeypatch.setitem(sys.modules, "nemo_tsdkd.megatron.train", stand_in)
     return configs
@@ -139,6 +144,19 @@ def test_train_gets_the_typed_configuration(capsys, overrides, trained):
 def test_train_needs_as_many_ranks_as_the_layout(capsys, overrides, trained):
     status, _, err = run(capsys, "train", "--config-name", "tiny", *overrides, "parallel.gpus_per_node=2")
     assert status == 2 and "parallel.gpus_per_node = 2: but 1 ranks were started" in err and trained == []
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (2, 130), (1, 129)])
+def test_the_last_line_of_a_stopped_run_says_what_is_saved_and_how_to_go_on(
+    signum, status, capsys, overrides, trained, monkeypatch
+):
+    stopped = Stopped(signum, 7, Path("run dir", "checkpoints", "step_7"))
+    monkeypatch.setattr(sys.modules["nemo_tsdkd.megatron.train"], "train", lambda config: stopped)
+    result = run(capsys, "train", "--config-name", "tiny", *overrides, "data.prompt_column='a b'")
+    command = shlex.join(["nemo-tsdkd", "train", "--config-name", "tiny", *overrides, "data.prompt_column='a b'"])
+    name = signal.Signals(signum).name
+    line = f"nemo-tsdkd: {name}: stopped after step 7, saved in run dir/checkpoints/step_7. Go on with: {command}\n"
+    assert result == (status, "", line)
 
 
 def test_console_script_and_module_are_the_same():

@@ -107,3 +107,26 @@ def test_lightning_takes_torchelastic_and_leaves_our_signals_alone(clean):
     chosen = TorchElasticEnvironment()
     assert (chosen.global_rank(), chosen.local_rank(), chosen.node_rank(), chosen.world_size()) == (5, 1, 2, 8)
     assert (chosen.main_address, chosen.main_port) == ("gpu07", 19567)
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({}, "nemo-tsdkd train 'run_dir=a b'"),
+        (STEP | {"TSDKD_HOSTS": "gpu07"}, "srun nemo-tsdkd train 'run_dir=a b'"),
+        (
+            {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "1"},
+            "torchrun --nproc-per-node 4 -m nemo_tsdkd train 'run_dir=a b'",
+        ),
+        (
+            {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2"},
+            "torchrun --nnodes 2 --nproc-per-node 8 -m nemo_tsdkd train 'run_dir=a b'",
+        ),
+    ],
+    ids=["alone", "slurm", "torchrun", "torchrun on two nodes"],
+)
+def test_the_line_that_starts_a_command_again(clean, variables, line):
+    for name, value in variables.items():
+        clean.setenv(name, value)
+    launch.environment()
+    assert launch.command_line(["train", "run_dir=a b"]) == line
