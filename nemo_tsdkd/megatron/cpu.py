@@ -239,9 +239,9 @@ def _local_norm() -> None:
 
 
 def _adam_state() -> None:
-    """torch's Adam, without Transformer Engine and Apex, has no state before its first step and keeps `step` as a tensor:
-    the distributed optimizer's state_dict() asserts on the first and its loading forgets, or shares, the second.
-    FusedAdam keeps no step in its state and needs none of this."""
+    """torch's Adam, without Transformer Engine and Apex, has no state before its first step and keeps `step` as a
+    tensor: the distributed optimizer's state_dict() asserts on the first and its loading forgets, or shares, the
+    second. FusedAdam keeps no step in its state and needs none of this."""
     from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
     if HAVE_APEX_OR_TE:

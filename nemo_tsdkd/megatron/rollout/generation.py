@@ -87,8 +87,8 @@ def generate(
             if NO_TOKEN in drawn:
                 i = batch.sequences[drawn.index(NO_TOKEN)]
                 raise FloatingPointError(
-                    f"response token {len(schedule.written[i])} of sample {sample_ids[i]}: the student's logits are NaN, "
-                    "+inf or nothing but -inf, so no token can be drawn."
+                    f"response token {len(schedule.written[i])} of sample {sample_ids[i]}: the student's logits are "
+                    "NaN, +inf or nothing but -inf, so no token can be drawn."
                 )
             for source, target in schedule.record(batch, drawn):
                 cache.copy_row(source, target)

@@ -37,7 +37,7 @@ def modelled(condition: bool, what: str) -> None:
 
 
 def require_active() -> None:
-    """Fail unless this rank came from the fork server with Transformer Engine, which says nothing of a failed import."""
+    """Fail unless this rank came from the fork server with Transformer Engine: it says nothing of a failed import."""
     from nemo.collections.llm.gpt.model.base import HAVE_TE
 
     import te_stand_in.preload  # noqa: F401

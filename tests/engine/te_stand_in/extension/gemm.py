@@ -1,7 +1,7 @@
 """Matrix products, FP8 and plain, with the rules of cuBLAS on Hopper.
 
-Sources: common/gemm/cublaslt_gemm.cu (`CanonicalizeGemmInput`: operands, usages, paddings; `cublas_gemm`: scaling modes),
-pytorch/csrc/extensions/gemm.cpp (shapes, accumulation, quantized outputs).
+Sources: common/gemm/cublaslt_gemm.cu (`CanonicalizeGemmInput`: operands, usages, paddings; `cublas_gemm`: scaling
+modes), pytorch/csrc/extensions/gemm.cpp (shapes, accumulation, quantized outputs).
 """
 
 from __future__ import annotations
