@@ -39,7 +39,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The three acts do not overlap: KV cache, offloaded weights and the update's tensors share the same room."""
+        """Rollout, teacher's pass and update do not overlap: their tensors use the same memory in turn."""
         update = self.activations + self.loss + self.teacher_hidden
         return self.resident + max(self.kv_cache, self.offloaded_weights + self.teacher_hidden, update) + RESERVE
 

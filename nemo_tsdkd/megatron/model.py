@@ -1,4 +1,4 @@
-"""The NeMo model class: a trainable student and a frozen teacher, and the three acts of a training step."""
+"""The NeMo model class: a trainable student and a frozen teacher, and the three phases of a training step."""
 
 from __future__ import annotations
 
@@ -42,27 +42,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """NeMo checkpoints of the initial student and of the teacher, and the teacher's configuration."""
+    """NeMo checkpoints of the initial student and of the teacher, and the teacher's NeMo configuration."""
 
     student: Path
     teacher: Path
-    teacher_config: llm.GPTConfig = field(repr=False)
+    teacher_gpt_config: llm.GPTConfig = field(repr=False)
 
 
 class DistillationBatch(NamedTuple):
-    """What act three corrects: one micro-batch, read by the teacher."""
+    """One micro-batch of the student's pass, with what the teacher's pass left for it."""
 
     micro_batch: MicroBatch
-    teacher_hidden: list[Tensor] | None  # `Teacher.read`; on the last pipeline stage only
+    teacher_hidden: list[Tensor] | None  # `Teacher.forward`; on the last pipeline stage only
     loss_weight: float  # turns the sum over this micro-batch's sequences into Megatron's share of the global mean
 
 
 class TSDKDModel(llm.GPTModel):
-    """Student of a TSD-KD run. Only the student is a module; the teacher hangs beside it (`teacher.Teacher`).
+    """Student of a TSD-KD run. Only the student is a submodule; the teacher is a plain attribute (`teacher.Teacher`).
 
     Args:
         config: NeMo GPT config of the student; the strategy sets its parallel sizes.
-        run: the whole training configuration.
+        train_config: the whole configuration of the run.
         checkpoints: where both models' weights come from.
         vocabulary: that of the tokenizer, which both models share.
         optim: NeMo optimizer module.
@@ -72,20 +72,21 @@ class TSDKDModel(llm.GPTModel):
     def __init__(
         self,
         config: llm.GPTConfig,
-        run: TrainConfig,
+        *,
+        train_config: TrainConfig,
         checkpoints: Checkpoints,
         vocabulary: Vocabulary,
         optim: Any = None,
         resumes: bool = False,
     ) -> None:
         super().__init__(config, optim=optim)
-        self.run = run
+        self.train_config = train_config
         self.checkpoints = checkpoints
         self.vocabulary = vocabulary
         self.resumes = resumes
-        self._objective = resolve_objective(run.objective)
+        self._objective = resolve_objective(train_config.objective)
         self._responses: list[Response] = []
-        self._writers: ProcessGroup | None = None
+        self._long_timeout_group: ProcessGroup | None = None
         self._loss_reduction = TSDKDLoss(self.loss)
 
     def configure_model(self, vp_stage: int | None = None) -> None:
@@ -95,48 +96,49 @@ class TSDKDModel(llm.GPTModel):
         super().configure_model(vp_stage)
         if not self.resumes:
             load_weights(self.module, self.checkpoints.student)
-        self.teacher = Teacher(self.checkpoints.teacher_config, self.checkpoints.teacher, self.run.teacher)
-        self._writers = long_timeout_group()
-        rows = self.run.global_batch_size // self.run.data_parallel_size
+        teacher_config = self.train_config.teacher
+        self.teacher = Teacher(self.checkpoints.teacher_gpt_config, self.checkpoints.teacher, teacher_config)
+        self._long_timeout_group = long_timeout_group()
+        rows = self.train_config.global_batch_size // self.train_config.data_parallel_size
         logger.info(
             "teacher: a step keeps at most %.1f MiB of hidden states on the %s of each last-stage rank.",
-            self.teacher.bytes_per_token * rows * self.run.data.seq_length / 2**20,
-            "host" if self.run.teacher.offload_hidden_states else "device",
+            self.teacher.bytes_per_token * rows * self.train_config.data.seq_length / 2**20,
+            "host" if teacher_config.offload_hidden_states else "device",
         )
 
-    # Act one: the student writes, or the data speak.
+    # Phase one, the rollout: the student generates responses, or the data set supplies them.
     def respond(self, samples: Sequence[Sample], step: int) -> list[Response]:
         """Responses to this data-parallel rank's share of a global batch, equal on its TP x PP ranks.
 
-        With `rollout.reuse: n`, the answers of step `s` serve the steps up to `s + n - 1`.
+        With `rollout.reuse: n`, the responses of step `s` serve the steps up to `s + n - 1`.
 
         Raises:
             FloatingPointError: on every rank, where one rank's student has broken logits.
         """
-        rollout = self.run.rollout
+        rollout = self.train_config.rollout
         first = step - step % rollout.reuse
-        if not on_policy(self.run.seed, first, rollout.lmbda):
+        if not on_policy(self.train_config.seed, first, rollout.lmbda):
             return [Response(s.response_ids, truncated=not self.vocabulary.ends(s.response_ids)) for s in samples]
         if step == first:
-            self._responses = self._write(samples, first)
+            self._responses = self._generate(samples, first)
         return self._responses
 
-    def _write(self, samples: Sequence[Sample], step: int) -> list[Response]:
-        """The student answers. Context-parallel ranks share the samples out and then hold all the answers: each
-        decoding all of them would be the same work done twice, and a near-tie could part them."""
+    def _generate(self, samples: Sequence[Sample], step: int) -> list[Response]:
+        """The student's responses. Each context-parallel rank generates a share of them and gathers the others: if
+        each generated all, work would be done twice, and near-equal logits could make their responses differ."""
         cp_group = parallel_state.get_context_parallel_group()
         mine = samples[cp_group.rank() :: cp_group.size()]
-        written, failure = [], None
+        generated, failure = [], None
         try:
-            written = generate(
+            generated = generate(
                 unwrap(self.module),
                 [sample.prompt_ids for sample in mine],
-                config=self.run.rollout,
+                config=self.train_config.rollout,
                 sample_ids=[sample.index for sample in mine],
-                seed=self.run.seed,
+                seed=self.train_config.seed,
                 step=step,
                 vocabulary=self.vocabulary,
-                max_length=self.run.data.seq_length,
+                max_length=self.train_config.data.seq_length,
                 tp_group=parallel_state.get_tensor_model_parallel_group(),
                 pp_group=parallel_state.get_pipeline_model_parallel_group(),
             )
@@ -144,15 +146,15 @@ class TSDKDModel(llm.GPTModel):
             failure = f"step {step + 1}: {error}"
         # The longest responses may take another rank far beyond NCCL's timeout.
         failures: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failure, group=self._writers)
+        dist.all_gather_object(failures, failure, group=self._long_timeout_group)
         if failure := next(filter(None, failures), None):
             raise FloatingPointError(failure)
         parts: list[Any] = [None] * cp_group.size()
-        dist.all_gather_object(parts, written, group=cp_group)
+        dist.all_gather_object(parts, generated, group=cp_group)
         return interleave(parts)
 
-    # Act two: the teacher reads.
-    def read(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[DistillationBatch]:
+    # Phase two, the teacher's pass.
+    def teacher_pass(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[DistillationBatch]:
         """Micro-batches of prompts and responses; on the last stage each comes with the teacher's hidden states.
 
         Raises:
@@ -161,14 +163,14 @@ class TSDKDModel(llm.GPTModel):
         micro_batches = make_micro_batches(
             samples,
             [response.token_ids for response in responses],
-            micro_batch_size=self.run.micro_batch_size,
+            micro_batch_size=self.train_config.micro_batch_size,
             pad_id=self.vocabulary.pad_id,
-            pad_to_multiple=pad_to_multiple(self.run, torch.cuda.is_available()),
+            pad_to_multiple=pad_to_multiple(self.train_config, torch.cuda.is_available()),
             device=torch.cuda.current_device(),
         )
         weight = len(micro_batches) / self._mean_sequences(micro_batches)
         micro_batches = [context_parallel_slice(batch) for batch in micro_batches]
-        hidden = self.teacher.read(micro_batches) or [None] * len(micro_batches)
+        hidden = self.teacher.forward(micro_batches) or [None] * len(micro_batches)
         return [DistillationBatch(batch, part, weight) for batch, part in zip(micro_batches, hidden, strict=True)]
 
     def _mean_sequences(self, micro_batches: Sequence[MicroBatch]) -> float:
@@ -181,7 +183,7 @@ class TSDKDModel(llm.GPTModel):
             raise UserError("a global batch holds no response token: nothing to learn from. Look at data.path.")
         return count.item() / group.size()
 
-    # Act three: the student is corrected. Megatron's schedule calls these for each micro-batch.
+    # Phase three, the student's pass: Megatron's schedule calls these for each micro-batch.
     def data_step(self, batches: Iterator[DistillationBatch]) -> DistillationBatch:
         return next(batches)
 
@@ -216,7 +218,7 @@ class TSDKDModel(llm.GPTModel):
         with torch.no_grad():
             teacher_logits = vocab_parallel_logits(self.teacher.module, teacher_hidden)
         student_logits = vocab_parallel_logits(student, hidden)
-        # Nobody else reads them, and a linear layer's backward needs no output: the gradient may take their place.
+        # Nothing else reads the logits, and a linear layer's backward needs no output: the gradient may replace them.
         return tsdkd_loss(student_logits, teacher_logits, mask, objective, overwrite_student_logits=True, **common)
 
     @property

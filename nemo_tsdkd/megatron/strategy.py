@@ -1,4 +1,4 @@
-"""The training step on one screen: NeMo's MegatronStrategy with two acts before its forward-backward."""
+"""The training step: NeMo's MegatronStrategy with rollout and teacher's pass before its forward-backward."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from nemo_tsdkd.rollout.schedule import Response
 if TYPE_CHECKING:
     from nemo_tsdkd.megatron.model import DistillationBatch
 
-# What the objective reports as sums over sequences and what merely counts, in the order of the reduced vector.
+# The objective's sums over sequences, and its counts, in the order of the reduced vector.
 PER_SEQUENCE = ("loss", *(name for name in Metrics._fields if name != "response_tokens"))
 COUNTS = ("num_sequences", "response_tokens")
 
 
 class TSDKDStrategy(nl.MegatronStrategy):
-    """Runs the three acts and leaves the step's metrics, equal on every rank, in `step_metrics`."""
+    """Runs the step's three phases and stores its metrics, equal on every rank, in `step_metrics`."""
 
     step_metrics: dict[str, float]
     not_finite: str | None = None  # the first micro-batch of this rank, if any, whose loss was not finite
@@ -85,13 +85,13 @@ class TSDKDStrategy(nl.MegatronStrategy):
         model, step = self.lightning_module, self.trainer.global_step
         self.step_metrics = {
             "lr": self.optimizers[0].param_groups[0]["lr"],
-            "rollout_age": step % model.run.rollout.reuse,  # optimizer steps since these responses were written
+            "rollout_age": step % model.train_config.rollout.reuse,  # optimizer steps since these responses were made
         }
         samples = [sample for _ in range(get_num_microbatches()) for sample in next(dataloader_iter)[0]]
         with self._timed("rollout_s"):
             responses = model.respond(samples, step)
         with self._timed("teacher_s"):
-            batches = model.read(samples, responses)
+            batches = model.teacher_pass(samples, responses)
         with self._timed("student_s"):
             reports = super().training_step(iter(batches), *args, **kwargs)
         self.step_metrics |= self._response_lengths(responses) | self._reduce(reports)

@@ -1,7 +1,7 @@
-"""The frozen teacher: reads the responses in a forward-only pipeline pass and keeps what the loss needs of them.
+"""The frozen teacher: a forward-only pipeline pass over the responses that keeps what the loss needs.
 
 It stores final hidden states of response positions (10 KB a token at 14B) where logits would take 304 KB; the loss
-multiplies them by the teacher's vocabulary-sharded head. So the teacher has no place in the student's pipeline.
+multiplies them by the teacher's vocabulary-sharded head. So the teacher is no part of the student's pipeline.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ class Teacher:
     """This rank's shard of the teacher, on the student's TP x PP x CP layout.
 
     A plain object, not a module: whatever walks the student's module tree (DDP, the optimizer, checkpoints,
-    parameter counts) never meets it.
+    parameter counts) does not find it.
 
     Args:
         gpt_config: NeMo GPT config of the teacher, its parallel sizes and dtypes set.
         checkpoint: NeMo checkpoint to read the weights from; each rank reads its own shard only.
-        config: the teacher's section of the configuration.
+        teacher_config: the `teacher` section of the run's configuration.
     """
 
-    def __init__(self, gpt_config: Any, checkpoint: Path, config: TeacherConfig) -> None:
-        self.config = config
+    def __init__(self, gpt_config: Any, checkpoint: Path, teacher_config: TeacherConfig) -> None:
+        self.teacher_config = teacher_config
         self.module = frozen_model(gpt_config, checkpoint)
         self.module.set_is_first_microbatch()  # FP8: quantize these weights, not what a cache remembers
         self.is_last_stage = self.module.post_process
-        self._offloaded = OffloadedWeights(self.module) if config.offload_weights else None
+        self._offloaded = OffloadedWeights(self.module) if teacher_config.offload_weights else None
 
     @property
     def head_weight(self) -> Tensor:
@@ -48,16 +48,16 @@ class Teacher:
     @property
     def bytes_per_token(self) -> float:
         """Memory of one response token's hidden state on one rank of the last stage."""
-        config = self.module.config
-        shards = config.context_parallel_size * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
-        return config.hidden_size * config.params_dtype.itemsize / shards
+        gpt = self.module.config
+        shards = gpt.context_parallel_size * (gpt.tensor_model_parallel_size if gpt.sequence_parallel else 1)
+        return gpt.hidden_size * gpt.params_dtype.itemsize / shards
 
     @torch.no_grad()
-    def read(self, micro_batches: list[MicroBatch]) -> list[list[Tensor]] | None:
+    def forward(self, micro_batches: list[MicroBatch]) -> list[list[Tensor]] | None:
         """Final hidden states of the response positions, on the last stage; None on the others.
 
         Returns for each micro-batch the packed rows `[N, H]` of its parts (`_split`), on the device or, with
-        `offload_hidden_states`, on the host. `dense` lays them out again for one micro-batch at a time.
+        `offload_hidden_states`, on the host. `dense` restores one micro-batch's `[S, B, H]` from them.
         """
         if self._offloaded:
             self._offloaded.restore()
@@ -92,7 +92,7 @@ class Teacher:
     def _split(self, batch: MicroBatch) -> Iterator[MicroBatch]:
         """Cut a student's micro-batch into as many rows as the teacher may hold. Its padded length stays, so that
         both models' sequence shards hold the same positions."""
-        rows = self.config.micro_batch_size
+        rows = self.teacher_config.micro_batch_size
         for start in range(0, len(batch["tokens"]), rows):
             yield {key: value[start : start + rows] for key, value in batch.items()}
 
@@ -106,7 +106,7 @@ class Teacher:
         def keep(output: Tensor, non_loss_data: bool = True) -> Tensor:
             """Megatron calls this on the last stage and collects what it returns."""
             rows = output[self._positions(part)]
-            return rows.to("cpu", non_blocking=True) if self.config.offload_hidden_states else rows
+            return rows.to("cpu", non_blocking=True) if self.teacher_config.offload_hidden_states else rows
 
         return hidden, keep
 
@@ -125,7 +125,7 @@ class OffloadedWeights:
         for parameter, host in zip(self._parameters, self._host, strict=True):
             parameter.data = host  # frees the device copy
         for part in self._module.modules():
-            getattr(part, "_fp8_workspaces", {}).clear()  # Transformer Engine's; made anew in the pass's first batch
+            getattr(part, "_fp8_workspaces", {}).clear()  # FP8 copies, which the next pass makes again
 
     def restore(self) -> None:
         for parameter, host in zip(self._parameters, self._host, strict=True):

@@ -117,24 +117,24 @@ def build_model(config: TrainConfig, vocabulary: Vocabulary, run_dir: Path, resu
     """
     cache = run_dir / "imported"
     student, teacher = resolve(config.student.path, cache), resolve(config.teacher.path, cache)
-    student_config, teacher_config = gpt_config(student), gpt_config(teacher)
-    vocabulary.require_rows(student=student_config.vocab_size, teacher=teacher_config.vocab_size)
+    student_gpt, teacher_gpt = gpt_config(student), gpt_config(teacher)
+    vocabulary.require_rows(student=student_gpt.vocab_size, teacher=teacher_gpt.vocab_size)
     config.objective.validate_vocabulary(vocabulary.size)
-    set_layout(student_config, config, model_settings(config.precision.name, config.precision.first_last_layers_bf16))
-    set_layout(teacher_config, config, model_settings(config.teacher.precision))
+    set_layout(student_gpt, config, model_settings(config.precision.name, config.precision.first_last_layers_bf16))
+    set_layout(teacher_gpt, config, model_settings(config.teacher.precision))
     width = padded_vocab_size(
-        student_config.vocab_size,
-        teacher_config.vocab_size,
+        student_gpt.vocab_size,
+        teacher_gpt.vocab_size,
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
     )
-    student_config.vocab_size = teacher_config.vocab_size = width
+    student_gpt.vocab_size = teacher_gpt.vocab_size = width
     return TSDKDModel(
-        student_config,
-        config,
-        Checkpoints(student, teacher, teacher_config),
-        vocabulary,
-        build_optimizer(config),
-        resumes,
+        student_gpt,
+        train_config=config,
+        checkpoints=Checkpoints(student, teacher, teacher_gpt),
+        vocabulary=vocabulary,
+        optim=build_optimizer(config),
+        resumes=resumes,
     )
 
 

@@ -174,12 +174,14 @@ def shared_out() -> list[list[int]]:
         return [Response([rank, i, *prompt], False) for i, prompt in zip(sample_ids, prompts, strict=True)]
 
     parallel_state.initialize_model_parallel(context_parallel_size=2)
-    run = SimpleNamespace(rollout=None, seed=1, data=SimpleNamespace(seq_length=9))
+    train_config = SimpleNamespace(rollout=None, seed=1, data=SimpleNamespace(seq_length=9))
     vocabulary = Vocabulary(9, 0, (1,))
-    student = SimpleNamespace(run=run, module=None, vocabulary=vocabulary, _writers=long_timeout_group())
+    student = SimpleNamespace(
+        train_config=train_config, module=None, vocabulary=vocabulary, _long_timeout_group=long_timeout_group()
+    )
     samples = [Sample(i, [10 + i], []) for i in range(5)]
     with patch.object(model, "generate", write), patch.object(model, "unwrap"):
-        return [response.token_ids for response in model.TSDKDModel._write(student, samples, 0)]
+        return [response.token_ids for response in model.TSDKDModel._generate(student, samples, 0)]
 
 
 def test_context_parallel_ranks_share_the_samples_out_and_hold_the_same_responses():
