@@ -60,6 +60,7 @@ class ObjectiveConfig:
 
     def validate(self) -> None:
         """Raise UserError on the first field that breaks its rule. Names are checked by their registries."""
+        validation.types(self, "objective.")
         validation.one_of("objective.preset", self.preset, list(PRESETS))
         validation.one_of("objective.head", self.head, HEADS)
         validation.share(self, "objective.", "beta", "threshold", "entropy_fraction")
@@ -83,9 +84,9 @@ class ObjectiveConfig:
         )
 
     def validate_vocabulary(self, vocab_size: int) -> None:
-        """Raise UserError unless a vocabulary of `vocab_size` tokens has `top_k` candidates."""
+        """Raise UserError where the indirect term has weight and a vocabulary of `vocab_size` fewer than `top_k`."""
         validation.require(
-            self.top_k <= vocab_size,
+            self.top_k <= vocab_size or self.resolved().indirect_kd_alpha == 0,
             "objective.top_k",
             self.top_k,
             f"must not exceed the vocabulary ({vocab_size} tokens)",

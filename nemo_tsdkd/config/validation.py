@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from nemo_tsdkd.config.integers import round_up
@@ -25,16 +28,27 @@ def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
     require(value in allowed, name, value, f"must be one of {', '.join(map(str, allowed))}", "Choose one of these.")
 
 
+def types(owner: Any, prefix: str) -> None:
+    """Every plain field has the type that its dataclass names; where it names a float, an integer does too."""
+    kinds = {"int": numbers.Integral, "float": numbers.Real, "str": str, "bool": bool}
+    for field in fields(owner):
+        value, kind = getattr(owner, field.name), kinds.get(field.type)
+        fits = kind is None or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool)))
+        require(fits, f"{prefix}{field.name}", value, f"must be of type {field.type}", "Give one.")
+
+
 def positive(owner: Any, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         require(value > 0, f"{prefix}{name}", value, "must be greater than 0", "Give a positive number.")
+        require(value < math.inf, f"{prefix}{name}", value, "must be finite", "Give a positive number.")
 
 
 def not_negative(owner: Any, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         require(value >= 0, f"{prefix}{name}", value, "must not be negative", "Give 0 or more.")
+        require(value < math.inf, f"{prefix}{name}", value, "must be finite", "Give 0 or more.")
 
 
 def multiple_of(name: str, value: int, multiple: int, what: str, why: str = "") -> None:

@@ -203,12 +203,18 @@ def _log_probabilities_(logits: list[Tensor], softmax: SoftmaxSums, rows: slice)
     return student, teacher
 
 
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    """A caller's autocast would round the heads' products after all."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 class Objective(torch.autograd.Function):
     """(loss_sum, metrics, num_sequences) of a head's tensors."""
 
     @staticmethod
     def forward(ctx, call: Call, head: Head, *tensors: Tensor):
-        saved, metrics, num_sequences = evaluate(head.bind(*tensors), call)
+        with _full_precision(tensors[0]):
+            saved, metrics, num_sequences = evaluate(head.bind(*tensors), call)
         # The teacher's too: autograd frees what it saved with the backward, and finds what was changed before it.
         ctx.save_for_backward(*tensors)
         ctx.head, ctx.state, ctx.config = head.bind(*(t.new_empty(0) for t in tensors)), saved, call.objective.config
@@ -226,5 +232,6 @@ class Objective(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, loss_grad: Tensor, *_):
         head = ctx.head.bind(*ctx.saved_tensors)
-        grads = head.backward(gradient(head, ctx.state, ctx.config, loss_grad))
+        with _full_precision(loss_grad):
+            grads = head.backward(gradient(head, ctx.state, ctx.config, loss_grad))
         return None, None, *grads, *[None] * (len(head.tensors) - len(grads))

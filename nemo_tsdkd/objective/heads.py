@@ -170,10 +170,9 @@ class FusedHead:
 
 def _product(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """hidden @ weight.T in `dtype`: a logit in bf16 has three digits, too few to rank a teacher's candidates by."""
-    with torch.autocast(hidden.device.type, enabled=False):  # a caller's would round the product after all
-        if hidden.dtype == dtype or not hidden.is_cuda:
-            return hidden.to(dtype) @ weight.to(dtype).T
-        return torch.mm(hidden, weight.T, out_dtype=dtype)  # the same tensor cores; only what they store is wider
+    if hidden.dtype == dtype or not hidden.is_cuda:
+        return hidden.to(dtype) @ weight.to(dtype).T
+    return torch.mm(hidden, weight.T, out_dtype=dtype)  # the same tensor cores; only what they store is wider
 
 
 def _scaled_(z: Tensor, temperature: float) -> Tensor:

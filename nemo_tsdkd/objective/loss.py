@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nemo_tsdkd.config.schema import TILE_LOGITS, ObjectiveConfig
 from nemo_tsdkd.distributed.vocab_parallel import Group, Overlap, group_size, head_rows
+from nemo_tsdkd.objective.check_input import check_mask, check_shapes, check_weight
 from nemo_tsdkd.objective.function import Call, Head, Objective, split_metrics
 from nemo_tsdkd.objective.heads import FusedHead, LogitsHead
 from nemo_tsdkd.objective.output import ObjectiveOutput
@@ -34,7 +35,7 @@ def tsdkd_loss(
     Args:
         student_logits: [S, B, V_local], Megatron's layout; any float dtype. Computed in fp32, or fp64 where it is.
         teacher_logits: [S, B, V_local of the teacher]; its padded width may differ. Gets no gradient.
-        response_mask: [S, B], true where the position predicts a response token.
+        response_mask: [S, B], true (or 1) where the position predicts a response token.
         config: the objective's fields; checked and their preset applied here, or once by `resolve_objective(config)`.
         vocab_size: true token ids; columns from there on are padding, without probability and with zero gradient.
             None: all columns that both models have.
@@ -46,10 +47,11 @@ def tsdkd_loss(
             where nothing but this loss reads them once it ran; a second backward then raises.
 
     Raises:
-        ValueError: shapes that do not match, a field of `config` out of its range or an unknown rule, `vocab_size`
-            above the columns, rows or packed sequences that context parallelism cannot divide.
+        ValueError: shapes or dtypes that do not match, an empty batch, a mask that is none, a field of `config` out of
+            its range or against its preset, an unknown rule, `vocab_size` above the columns, rows or packed sequences
+            that context parallelism cannot divide.
     """
-    _check_shapes(response_mask, student_logits=student_logits, teacher_logits=teacher_logits)
+    check_shapes(response_mask, student_logits=student_logits, teacher_logits=teacher_logits)
     vocab_size, overlap = _vocabulary(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1], tp_group)
     objective = _resolved(config, vocab_size)
     call = _call(objective, response_mask, cu_seqlens, tp_group, cp_group)
@@ -99,12 +101,12 @@ def tsdkd_loss_from_hidden(
         config, vocab_size, tp_group, cp_group, cu_seqlens: as in `tsdkd_loss`.
 
     Raises:
-        ValueError: as in `tsdkd_loss`; hidden and weight sizes that do not match.
+        ValueError: as in `tsdkd_loss`; sizes or dtypes of hidden states and weights that do not match.
     """
     split = group_size(tp_group) if sequence_parallel else 1
-    _check_shapes(response_mask, split, student_hidden=student_hidden, teacher_hidden=teacher_hidden)
-    _check_weight("student", student_hidden, student_weight)
-    _check_weight("teacher", teacher_hidden, teacher_weight)
+    check_shapes(response_mask, split, student_hidden=student_hidden, teacher_hidden=teacher_hidden)
+    check_weight("student", student_hidden, student_weight)
+    check_weight("teacher", teacher_hidden, teacher_weight)
     vocab_size, overlap = _vocabulary(vocab_size, len(student_weight), len(teacher_weight), tp_group)
     objective = _resolved(config, vocab_size)
     call = _call(objective, response_mask, cu_seqlens, tp_group, cp_group)
@@ -132,30 +134,11 @@ def _resolved(config: ObjectiveConfig | ResolvedObjective, vocab_size: int) -> R
     return objective
 
 
-def _check_shapes(mask: Tensor, split: int = 1, **tensors: Tensor) -> None:
-    if mask.dim() != 2:
-        raise ValueError(f"response_mask has shape {tuple(mask.shape)}: must be [S, B].")
-    for name, tensor in tensors.items():
-        if tensor.dim() != 3 or tensor.shape[0] * split != mask.shape[0] or tensor.shape[1] != mask.shape[1]:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}: must be [{mask.shape[0] // split}, {mask.shape[1]}, size] "
-                f"beside a response_mask of shape {tuple(mask.shape)}."
-            )
-
-
-def _check_weight(model: str, hidden: Tensor, weight: Tensor) -> None:
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{model}_weight has shape {tuple(weight.shape)}: must be [V_local, {hidden.shape[-1]}], "
-            f"the hidden size of {model}_hidden."
-        )
-
-
 def _vocabulary(vocab_size: int | None, student_width: int, teacher_width: int, group: Group) -> tuple[int, Overlap]:
     common = group_size(group) * min(student_width, teacher_width)
-    if vocab_size is not None and vocab_size > common:
-        raise ValueError(f"vocab_size = {vocab_size}: the models have {common} columns in common. Pass at most that.")
     vocab_size = common if vocab_size is None else vocab_size
+    if not 0 < vocab_size <= common:
+        raise ValueError(f"vocab_size = {vocab_size}: must lie in 1 to {common}, the columns that both models have.")
     return vocab_size, Overlap.between(vocab_size, student_width, teacher_width, group)
 
 
@@ -167,7 +150,7 @@ def _call(
             f"objective.preset = {objective.config.preset!r} with packed rows: its opener is one column of a batch of "
             "rows. Leave cu_seqlens out, or use preset paper."
         )
-    mask = mask.bool()
+    mask = check_mask(mask)
     tokens = torch.ones_like(mask) if objective.arithmetic.trains_padding else mask
     return Call(
         objective, mask, tokens.flatten().nonzero().flatten(), SequenceLayout.of(mask, cu_seqlens, cp_group), tp_group

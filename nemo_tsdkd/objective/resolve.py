@@ -48,8 +48,10 @@ def resolve_objective(config: ObjectiveConfig) -> ResolvedObjective:
     """Check every field and rule name, apply the preset and choose its arithmetic.
 
     Raises:
-        UserError: a field out of its range, or an unknown preset, selection rule, divergence or term.
+        UserError: a field of another type, out of its range or against its preset, or an unknown preset, selection
+            rule, divergence or term.
     """
     config.validate()
+    config.validate_preset()
     check_registered(config)
     return ResolvedObjective(config.resolved(), REFERENCE if config.preset == "reference" else PAPER)

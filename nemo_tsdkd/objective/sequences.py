@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_tsdkd.distributed.vocab_parallel import Group, all_gather, group_rank, group_size
+from nemo_tsdkd.objective.check_input import check_bounds
 from nemo_tsdkd.objective.tokens import Tokens
 
 
@@ -48,7 +49,7 @@ class SequenceLayout:
         if cu_seqlens is None:
             cu_seqlens = torch.tensor([0, steps * size], device=mask.device)
         else:
-            _check_packed(cu_seqlens, steps, batch, size)
+            check_bounds(cu_seqlens, batch, steps * size)
             cu_seqlens = cu_seqlens.to(mask.device, torch.int64)
         if size > 1 and (cu_seqlens % (2 * size)).any():
             raise ValueError(
@@ -85,14 +86,3 @@ class SequenceLayout:
         dense[:, place] = values
         mine = dense.unflatten(1, (group_size(self.cp_group), -1))[:, group_rank(self.cp_group)]
         return mine[:, index]
-
-
-def _check_packed(cu_seqlens: Tensor, steps: int, batch: int, size: int) -> None:
-    bounds = cu_seqlens.tolist()
-    if batch != 1:
-        raise ValueError(f"cu_seqlens with {batch} rows: a packed call holds one row. Concatenate the rows.")
-    if bounds[0] != 0 or bounds[-1] != steps * size or bounds != sorted(bounds):
-        raise ValueError(
-            f"cu_seqlens = {bounds}: must rise from 0 to the row's length ({steps * size}). "
-            "Count padding at the end of the row as a sequence of its own."
-        )

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from objective_cases import Case
 
+from nemo_tsdkd.config.schema import PRESETS
 from nemo_tsdkd.objective import ObjectiveConfig, tsdkd_loss, tsdkd_loss_from_hidden
 
 CONFIGS = cases.presets(top_k=5)
@@ -50,8 +51,8 @@ def fused_call(case: Case, x: dict[str, torch.Tensor], mask: torch.Tensor):
 def drawn_cases(draw) -> Case:
     vocab_size = draw(st.integers(2, 40))
     steps = draw(st.integers(1, 24))
-    config = replace(
-        draw(st.sampled_from(list(CONFIGS.values()))),
+    config = draw(st.sampled_from(list(CONFIGS.values())))
+    fields = dict(
         beta=draw(st.sampled_from([0.0, 1e-3, 0.1, 0.5, 0.9, 0.999, 1.0])),
         threshold=draw(st.sampled_from([0.03, 0.31, 0.77])),
         entropy_fraction=draw(st.sampled_from([0.0, 0.1, 0.4, 1.0])),
@@ -59,6 +60,7 @@ def drawn_cases(draw) -> Case:
         top_k=draw(st.integers(1, vocab_size)),
         tile_logits=draw(st.integers(1, 600)),
     )
+    config = replace(config, **fields | PRESETS[config.preset])
     packed = config.preset != "reference" and draw(st.booleans())
     bounds = sorted(draw(st.lists(st.integers(0, steps), max_size=4)))
     return Case(

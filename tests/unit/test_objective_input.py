@@ -1,5 +1,7 @@
 """Bad input of the public functions is one ValueError that names what is wrong."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,15 +9,43 @@ from nemo_tsdkd.objective import ObjectiveConfig, resolve_objective, tsdkd_loss,
 
 STUDENT, TEACHER, MASK = torch.zeros(8, 2, 12), torch.zeros(8, 2, 16), torch.ones(8, 2, dtype=torch.bool)
 HIDDEN, WEIGHT = torch.zeros(8, 2, 4), torch.zeros(12, 4)
+LIFT = torch.arange(16.0)  # so that the models differ
+ROWS = {"student_logits": STUDENT, "teacher_logits": TEACHER, "response_mask": MASK}
 LOGITS_ERRORS = {
     "mask": ({"response_mask": MASK[:, 0]}, r"response_mask has shape \(8,\): must be \[S, B\]"),
     "teacher": ({"teacher_logits": TEACHER[:7]}, r"teacher_logits has shape \(7, 2, 16\): must be \[8, 2, size\]"),
     "student": ({"student_logits": STUDENT[0]}, r"student_logits has shape \(2, 12\)"),
-    "vocab_size": ({"vocab_size": 13}, "vocab_size = 13: the models have 12 columns in common"),
+    "vocab_size": ({"vocab_size": 13}, "vocab_size = 13: must lie in 1 to 12"),
     "top_k": ({"config": ObjectiveConfig(top_k=11), "vocab_size": 10}, r"objective.top_k = 11: must not exceed"),
     "top_k_default": ({"config": ObjectiveConfig(top_k=13)}, r"objective.top_k = 13: must not exceed"),
     "beta": ({"config": ObjectiveConfig(beta=1.5)}, r"objective.beta = 1.5: must lie in \[0, 1\]"),
     "rule": ({"config": ObjectiveConfig(opener_rule="first")}, "objective.opener_rule = 'first'"),
+    "empty_batch": (
+        {name: x[:, :0] for name, x in ROWS.items()},
+        r"response_mask has shape \(8, 0\): must be \[S, B\]",
+    ),
+    "empty_sequence": (
+        {name: x[:0] for name, x in ROWS.items()},
+        r"response_mask has shape \(0, 2\): must be \[S, B\]",
+    ),
+    "labels": ({"response_mask": torch.tensor([[-100, 7]] * 8)}, "response_mask holds values from -100 to 7: must be"),
+    "whole_numbers": (
+        {"teacher_logits": TEACHER.long()},
+        "teacher_logits has dtype torch.int64: must be floating-point",
+    ),
+    "no_vocabulary": ({"vocab_size": 0}, "vocab_size = 0: must lie in 1 to 12"),
+    "top_k_type": ({"config": ObjectiveConfig(top_k=4.0)}, "objective.top_k = 4.0: must be of type int"),
+    "beta_type": ({"config": ObjectiveConfig(beta="0.9")}, "objective.beta = '0.9': must be of type float"),
+    "boolean": ({"config": ObjectiveConfig(top_k=True)}, "objective.top_k = True: must be of type int"),
+    "temperature": ({"config": ObjectiveConfig(temperature=math.inf)}, "objective.temperature = inf: must be finite"),
+    "alpha": (
+        {"config": ObjectiveConfig(indirect_kd_alpha=math.inf)},
+        "objective.indirect_kd_alpha = inf: must be finite",
+    ),
+    "preset": (
+        {"config": ObjectiveConfig(preset="gkd", entropy_weight=0.5)},
+        "objective.entropy_weight = 0.5: objective.preset = gkd sets it to 0.0",
+    ),
     "packed_batch": ({"cu_seqlens": torch.tensor([0, 8])}, "cu_seqlens with 2 rows: a packed call holds one row"),
 }
 
@@ -28,11 +58,33 @@ def test_tsdkd_loss_refuses(name):
         tsdkd_loss(**(fields | given))
 
 
-@pytest.mark.parametrize("bounds", [[1, 8], [0, 7], [0, 5, 3, 8]])
+@pytest.mark.parametrize("bounds", [[1, 8], [0, 7], [0, 5, 3, 8], [0]])
 def test_packed_bounds_must_cover_the_row(bounds):
     with pytest.raises(ValueError, match="must rise from 0 to the row's length"):
         rows = (x[:, :1] for x in (STUDENT, TEACHER, MASK))
         tsdkd_loss(*rows, ObjectiveConfig(), cu_seqlens=torch.tensor(bounds))
+
+
+@pytest.mark.parametrize(
+    "bounds", [[0, 8], torch.tensor([]), torch.tensor([0.0, 8.0]), torch.tensor([[0, 8]])], ids=str
+)
+def test_packed_bounds_are_a_tensor_of_integers(bounds):
+    with pytest.raises(ValueError, match=r"cu_seqlens = .*: must be a tensor of integers \[sequences \+ 1\]"):
+        rows = (x[:, :1] for x in (STUDENT, TEACHER, MASK))
+        tsdkd_loss(*rows, ObjectiveConfig(), cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_a_mask_of_zeros_and_ones_is_the_boolean_one(dtype):
+    mask = torch.arange(16).view(8, 2) % 3 == 0
+    losses = [tsdkd_loss(STUDENT, TEACHER + LIFT, m, ObjectiveConfig()).loss for m in (mask, mask.to(dtype))]
+    assert losses[0] == losses[1] > 0
+
+
+@pytest.mark.parametrize("preset", ["gkd", "forward_kl", "reverse_kl"])
+def test_a_preset_without_candidates_has_no_least_vocabulary(preset):
+    loss = tsdkd_loss(STUDENT, TEACHER + LIFT, MASK, ObjectiveConfig(preset=preset, top_k=10), vocab_size=3).loss
+    assert loss > 0
 
 
 def test_the_reference_preset_has_no_packed_form():
@@ -56,3 +108,10 @@ def test_the_fused_head_checks_hidden_states_and_weights():
         tsdkd_loss_from_hidden(HIDDEN, WEIGHT, torch.zeros(8, 2, 5), WEIGHT, MASK, config)
     with pytest.raises(ValueError, match=r"student_hidden has shape \(4, 2, 4\): must be \[8, 2, size\]"):
         tsdkd_loss_from_hidden(HIDDEN[:4], WEIGHT, HIDDEN, WEIGHT, MASK, config)
+    for model in ("student", "teacher"):
+        weights = {"student_weight": WEIGHT, "teacher_weight": WEIGHT} | {f"{model}_weight": WEIGHT.bfloat16()}
+        fields = {"student_hidden": HIDDEN, "teacher_hidden": HIDDEN, "response_mask": MASK, "config": config}
+        with pytest.raises(
+            ValueError, match=rf"{model}_weight has dtype torch.bfloat16: must be that of {model}_hidden"
+        ):
+            tsdkd_loss_from_hidden(**fields, **weights)
