@@ -32,7 +32,7 @@ def types(owner: Any, prefix: str) -> None:
     """Every plain field has the type that its dataclass names; where it names a float, an integer does too."""
     kinds = {"int": numbers.Integral, "float": numbers.Real, "str": str, "bool": bool}
     for field in fields(owner):
-        value, kind = getattr(owner, field.name), kinds.get(field.type)
+        value, kind = getattr(owner, field.name), kinds.get(str(field.type))
         fits = kind is None or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool)))
         require(fits, f"{prefix}{field.name}", value, f"must be of type {field.type}", "Give one.")
 
