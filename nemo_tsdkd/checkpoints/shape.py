@@ -12,7 +12,7 @@ from nemo_tsdkd.config.integers import round_up
 from nemo_tsdkd.config.validation import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """Dimensions of a Qwen2-like decoder (RMS norm, gated MLP, grouped-query attention with QKV bias)."""
 
@@ -76,11 +76,11 @@ class ModelShape:
 
 
 QWEN2_5 = {
-    "1.5B": ModelShape(28, 1536, 12, 2, 8960, 151936, tied=True),
-    "7B": ModelShape(28, 3584, 28, 4, 18944, 152064),
-    "14B": ModelShape(48, 5120, 40, 8, 13824, 152064),
-    "32B": ModelShape(64, 5120, 40, 8, 27648, 152064),
-    "72B": ModelShape(80, 8192, 64, 8, 29568, 152064),
+    "1.5B": ModelShape(layers=28, hidden=1536, heads=12, kv_heads=2, ffn=8960, vocab=151936, tied=True),
+    "7B": ModelShape(layers=28, hidden=3584, heads=28, kv_heads=4, ffn=18944, vocab=152064),
+    "14B": ModelShape(layers=48, hidden=5120, heads=40, kv_heads=8, ffn=13824, vocab=152064),
+    "32B": ModelShape(layers=64, hidden=5120, heads=40, kv_heads=8, ffn=27648, vocab=152064),
+    "72B": ModelShape(layers=80, hidden=8192, heads=64, kv_heads=8, ffn=29568, vocab=152064),
 }
 
 

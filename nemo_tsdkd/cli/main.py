@@ -16,7 +16,7 @@ from nemo_tsdkd.distributed import launch
 from nemo_tsdkd.distributed.signals import follow_launcher, leave_at_once
 
 
-def train(argv: Sequence[str]) -> None:
+def train_main(argv: Sequence[str]) -> None:
     place = launch.environment()
     command = launch.command_line(["train", *argv])
     leave_at_once(command, speaks=place.rank == 0)
@@ -41,7 +41,7 @@ def train(argv: Sequence[str]) -> None:
         sys.exit(stopped.exit_status)
 
 
-def check(argv: Sequence[str]) -> None:
+def check_main(argv: Sequence[str]) -> None:
     from omegaconf import OmegaConf
 
     from nemo_tsdkd.checks.memory import GIB, per_gpu
@@ -68,8 +68,8 @@ def _later(module: str, function: str) -> Callable[[Sequence[str]], None]:
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-    "train": (train, "distil the teacher into the student"),
-    "check": (check, "print the resolved configuration and say whether it can run; needs no GPU"),
+    "train": (train_main, "distil the teacher into the student"),
+    "check": (check_main, "print the resolved configuration and say whether it can run; needs no GPU"),
     "import": (_later("cli.convert", "import_main"), "Hugging Face checkpoint -> NeMo checkpoint"),
     "export": (_later("cli.convert", "export_main"), "training checkpoint -> NeMo or Hugging Face checkpoint"),
     "generate": (_later("cli.generate", "main"), "write responses of the student or the teacher to a folder"),

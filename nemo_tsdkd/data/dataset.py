@@ -31,7 +31,7 @@ ENCODED = datasets.Features(
 @dataclass(frozen=True)
 class Sample:
     """One prompt as token ids. `response_ids` ends with its first EOS, or has none where it was cut off by a limit; it
-    is empty where the data's response is not needed."""
+    is empty where the data's response is not needed. `index` is the row's in a data set, the draw's in `EpochOrder`."""
 
     index: int
     prompt_ids: list[int]
@@ -108,9 +108,10 @@ class EpochOrder(Dataset[Sample]):
     """`total_samples` draws from `dataset`: each epoch is a new permutation of all its rows.
 
     Draw `i` depends on `(seed, i)` alone, so a run resumes at `consumed_samples` on any layout.
-    `Sample.index` is `i`: unique over the whole run, hence a key for the sampler's noise.
+    `Sample.index` is the number of the draw, a key for the sampler's noise: no two draws of a run share it.
 
-    With `repeats` each `block` of draws (a global batch) is given so many times in a row, for `rollout.reuse`.
+    With `repeats` each `block` of draws (a global batch) comes that many times in a row, for `rollout.reuse`. Repeats
+    are the same draws and have the same indices; without repeats draw `i` has index `i`.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ def _spans(length: int, step: int) -> Iterator[slice]:
     return (slice(first, min(first + step, length)) for first in range(0, length, step))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LogitsHead:
     """Both models' logits as tensors [N, V_local]; tiles are runs of tokens over all columns.
 
@@ -94,7 +94,7 @@ class LogitsHead:
         return (grad,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FusedHead:
     """Hidden states [n, H] and vocabulary-sharded weights [V_local, H] of both models.
 

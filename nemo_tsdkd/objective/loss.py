@@ -59,15 +59,15 @@ def tsdkd_loss(
     student, teacher = student_logits.flatten(0, 1), teacher_logits.detach().flatten(0, 1)
     left, right = overlap.exchange([teacher[call.index, first:end].T for first, end in overlap.send], tp_group)
     head = LogitsHead(
-        student,
-        teacher,
-        left.T,
-        right.T,
-        call.index,
-        overlap,
-        objective.config.temperature,
-        _tile_logits(objective.config, student),
-        overwrite_student_logits,
+        student=student,
+        teacher=teacher,
+        left=left.T,
+        right=right.T,
+        index=call.index,
+        overlap=overlap,
+        temperature=objective.config.temperature,
+        tile_logits=_tile_logits(objective.config, student),
+        overwrite=overwrite_student_logits,
     )
     return _run(call, head)
 
@@ -113,13 +113,13 @@ def tsdkd_loss_from_hidden(
     weight = teacher_weight.detach()
     left, right = overlap.exchange([weight[first:end] for first, end in overlap.send], tp_group)
     head = FusedHead(
-        head_rows(student_hidden, call.index, tp_group, sequence_parallel),
-        student_weight,
-        head_rows(teacher_hidden.detach(), call.index, tp_group, sequence_parallel),
-        (left, weight[slice(*overlap.own)], right),
-        overlap,
-        objective.config.temperature,
-        _tile_logits(objective.config, student_hidden),
+        student=head_rows(student_hidden, call.index, tp_group, sequence_parallel),
+        student_weight=student_weight,
+        teacher=head_rows(teacher_hidden.detach(), call.index, tp_group, sequence_parallel),
+        teacher_weight=(left, weight[slice(*overlap.own)], right),
+        overlap=overlap,
+        temperature=objective.config.temperature,
+        tile_logits=_tile_logits(objective.config, student_hidden),
     )
     return _run(call, head)
 

@@ -39,7 +39,9 @@ def slurm_step(patch, **extra):
 def test_slurm_step(clean):
     slurm_step(clean, TSDKD_HOSTS="gpu07 gpu08 gpu09 gpu10")
     here = launch.environment()
-    assert here == launch.Launch(5, 1, 8, 2, "gpu07", 15000 + 4567)
+    assert here == launch.Launch(
+        rank=5, local_rank=1, world_size=8, node=2, master_addr="gpu07", master_port=15000 + 4567
+    )
     assert os.environ["RANK"] == "5" and os.environ["WORLD_SIZE"] == "8"
 
 
@@ -68,7 +70,9 @@ def test_a_user_s_master_address_wins(clean):
 def test_torchrun_inside_slurm_keeps_torchrun_s_ranks(clean):
     torchrun = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
     slurm_step(clean, **torchrun, GROUP_RANK="0", TORCHELASTIC_RUN_ID="none")
-    assert launch.environment() == launch.Launch(3, 3, 4, 0, "n1", 29500)
+    assert launch.environment() == launch.Launch(
+        rank=3, local_rank=3, world_size=4, node=0, master_addr="n1", master_port=29500
+    )
     assert os.environ["TORCHELASTIC_RUN_ID"] == "none"
 
 
@@ -81,7 +85,9 @@ def test_torchrun_inside_slurm_keeps_torchrun_s_ranks(clean):
 )
 def test_what_a_container_runtime_sets_is_not_torchrun(clean, extra):
     slurm_step(clean, TSDKD_HOSTS="gpu07 gpu08 gpu09 gpu10", **extra)
-    assert launch.environment() == launch.Launch(5, 1, 8, 2, "gpu07", 19567)
+    assert launch.environment() == launch.Launch(
+        rank=5, local_rank=1, world_size=8, node=2, master_addr="gpu07", master_port=19567
+    )
     assert os.environ["TORCHELASTIC_RUN_ID"] == "slurm-1234567" and os.environ["GROUP_RANK"] == "2"
 
 
@@ -89,7 +95,9 @@ def test_another_launcher_s_variables_are_taken_as_they_are(clean):
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "n1"}.items():
         clean.setenv(name, value)
     clean.setenv("MASTER_PORT", "29500")
-    assert launch.environment() == launch.Launch(1, 1, 2, 0, "n1", 29500)
+    assert launch.environment() == launch.Launch(
+        rank=1, local_rank=1, world_size=2, node=0, master_addr="n1", master_port=29500
+    )
 
 
 def test_batch_script_without_srun_is_a_world_of_one(clean):

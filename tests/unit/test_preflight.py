@@ -25,7 +25,7 @@ from nemo_tsdkd.reporting import provenance
 
 def place(rank, world_size=2, port=0):
     """Rank `rank` of a world with one rank a node."""
-    return Launch(rank, 0, world_size, rank, "127.0.0.1", port)
+    return Launch(rank=rank, local_rank=0, world_size=world_size, node=rank, master_addr="127.0.0.1", master_port=port)
 
 
 @pytest.fixture(scope="module")
