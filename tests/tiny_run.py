@@ -24,7 +24,9 @@ def prepare(root: Path) -> Path:
         tied=True,
         vocab_size=STUDENT_VOCAB,
     )
-    hf_teacher = tiny_hf.save_hf(root / "hf_teacher", vocab_size=TEACHER_VOCAB)
+    hf_teacher = tiny_hf.save_hf(
+        root / "hf_teacher", vocab_size=TEACHER_VOCAB, num_attention_heads=8, num_key_value_heads=4
+    )
     for source, name in ((hf_student, "student"), (hf_teacher, "teacher")):
         ranks.run_ranks(import_hf, 1, source, root / name, meet=False)  # an import builds its own world
     with (root / "data.jsonl").open("w") as file:

@@ -13,7 +13,7 @@ from typing import Any
 
 from nemo_tsdkd.checkpoints.shape import ModelShape
 from nemo_tsdkd.config.integers import round_up
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.schema import ParallelConfig, TrainConfig
 from nemo_tsdkd.config.validation import UserError
 
 
@@ -95,13 +95,19 @@ def check_shapes(config: TrainConfig, student: ModelShape, teacher: ModelShape) 
     Raises:
         UserError: naming the field, its value, the rule and the fix.
     """
-    tp = config.parallel.tensor_model_parallel_size
-    for field, name, shape, rows in (
-        ("precision.name", config.precision.name, student, config.micro_batch_size),
-        ("teacher.precision", config.teacher.precision, teacher, config.teacher.micro_batch_size),
+    for field, name, shape, parallel, rows in (
+        ("precision.name", config.precision.name, student, config.parallel, config.micro_batch_size),
+        (
+            "teacher.precision",
+            config.teacher.precision,
+            teacher,
+            config.teacher_parallel,
+            config.teacher.micro_batch_size,
+        ),
     ):
         if name not in FP8:
             continue
+        tp = parallel.tensor_model_parallel_size
         for what, width in (
             ("hidden size", shape.hidden),
             ("QKV width on a rank", (shape.q_width + 2 * shape.kv_width) // tp),
@@ -113,12 +119,12 @@ def check_shapes(config: TrainConfig, student: ModelShape, teacher: ModelShape) 
                     f"{field} = {name!r}: FP8 needs dimensions that are multiples of {WEIGHT_MULTIPLE}, but the "
                     f"{what} is {width} at TP {tp}. Lower parallel.tensor_model_parallel_size or use bf16."
                 )
-        if name == "fp8_blockwise" and config.parallel.sequence_parallel and shape.hidden % BLOCK:
+        if name == "fp8_blockwise" and parallel.sequence_parallel and shape.hidden % BLOCK:
             raise UserError(
                 f"{field} = {name!r}: sequence parallelism gathers blocks of {BLOCK}, but the hidden size is "
                 f"{shape.hidden}. Use fp8_tensorwise."
             )
-        multiple = token_multiple(config, name)
+        multiple = token_multiple(parallel, name)
         if config.data.seq_length * rows % multiple:
             step = multiple // math.gcd(multiple, rows)
             raise UserError(
@@ -127,25 +133,30 @@ def check_shapes(config: TrainConfig, student: ModelShape, teacher: ModelShape) 
             )
 
 
-def token_multiple(config: TrainConfig, name: str) -> int:
+def token_multiple(parallel: ParallelConfig, name: str) -> int:
     """What a micro-batch's token count (rows x padded length) must be a multiple of under precision `name`.
 
     Each context-parallel rank multiplies its share of the tokens; with sequence parallelism each tensor-parallel
     rank quantizes its own rows before they are gathered.
     """
-    p = config.parallel
-    ranks = p.context_parallel_size * (p.tensor_model_parallel_size if p.sequence_parallel else 1)
+    ranks = parallel.context_parallel_size * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
     return ranks * (FP8[name].token_multiple if name in FP8 else 1)
 
 
 def pad_to_multiple(config: TrainConfig, on_gpu: bool) -> int:
-    """What every padded sequence length is a multiple of: the layout's shards, both models' kernels, LENGTH_STEP."""
-    return math.lcm(
-        LENGTH_STEP if on_gpu else 1,
-        config.parallel.pad_to_multiple,
-        token_multiple(config, config.precision.name),
-        token_multiple(config, config.teacher.precision),
-    )
+    """What every padded sequence length of the student is a multiple of: the layout's shards, the kernels, LENGTH_STEP.
+    In one layout the teacher reads the same padded rows."""
+    multiple = _length_multiple(config.parallel, config.precision.name, on_gpu)
+    return math.lcm(multiple, teacher_pad_to_multiple(config, on_gpu) if config.one_layout else 1)
+
+
+def teacher_pad_to_multiple(config: TrainConfig, on_gpu: bool) -> int:
+    """The same of the teacher's rows."""
+    return _length_multiple(config.teacher_parallel, config.teacher.precision, on_gpu)
+
+
+def _length_multiple(parallel: ParallelConfig, name: str, on_gpu: bool) -> int:
+    return math.lcm(LENGTH_STEP if on_gpu else 1, parallel.pad_to_multiple, token_multiple(parallel, name))
 
 
 def check_engine(config: TrainConfig) -> None:
@@ -156,10 +167,11 @@ def check_engine(config: TrainConfig) -> None:
     """
     import torch
 
-    if config.parallel.sequence_parallel and torch.cuda.is_available():  # on the CPU, cpu.py stands in
-        _require_engine("parallel.sequence_parallel = True", "Megatron's own norm has none", "false")
-    if (cp := config.parallel.context_parallel_size) > 1:
-        _require_engine(f"parallel.context_parallel_size = {cp}", "Megatron's own attention has none", "1")
+    for prefix, parallel in (("", config.parallel), ("teacher.", config.teacher_parallel)):
+        if parallel.sequence_parallel and torch.cuda.is_available():  # on the CPU, cpu.py stands in
+            _require_engine(f"{prefix}parallel.sequence_parallel = True", "Megatron's own norm has none", "false")
+        if (cp := parallel.context_parallel_size) > 1:
+            _require_engine(f"{prefix}parallel.context_parallel_size = {cp}", "Megatron's own attention has none", "1")
     for field, name in (("precision.name", config.precision.name), ("teacher.precision", config.teacher.precision)):
         if name not in FP8:
             continue

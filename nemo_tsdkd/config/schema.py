@@ -123,19 +123,36 @@ class ModelConfig:
 
 
 @dataclass
+class TeacherParallelConfig:
+    """The teacher's own layout on its ranks; null takes the student's (parallel.*)."""
+
+    tensor_model_parallel_size: int | None = None
+    pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int | None = None
+    sequence_parallel: bool | None = None  # null: as the student, where the teacher's TP is above 1
+
+
+@dataclass
 class TeacherConfig(ModelConfig):
     micro_batch_size: int = 1  # rows of the teacher's forward-only pass
+    parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
+    nodes: int = 0  # the job's last nodes hold the teacher alone; 0: it shares the student's GPUs
     offload_hidden_states: bool = False  # keep them on the host until the student's pass needs them
     offload_weights: bool = False  # keep its weights on the host between its passes
     precision: str = "bf16"  # bf16 | fp32 | fp8_tensorwise | fp8_blockwise
 
     def validate(self) -> None:
         validation.positive(self, "teacher.", "micro_batch_size")
+        validation.not_negative(self, "teacher.", "nodes")
+        for f in fields(self.parallel):
+            if f.name != "sequence_parallel" and getattr(self.parallel, f.name) is not None:
+                validation.positive(self.parallel, "teacher.parallel.", f.name)
 
 
 @dataclass
 class ParallelConfig:
-    """The layout, shared by student and teacher. world size = TP x PP x CP x DP; DP is what is left."""
+    """The student's layout, and the teacher's where `teacher.parallel` leaves it open. world size = TP x PP x CP x DP;
+    DP is what is left."""
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
@@ -150,7 +167,7 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that share one replica of the student."""
+        """Ranks that share one replica of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
@@ -162,20 +179,6 @@ class ParallelConfig:
     def validate(self) -> None:
         tp, pp = "tensor_model_parallel_size", "pipeline_model_parallel_size"
         validation.positive(self, "parallel.", tp, pp, "context_parallel_size", "num_nodes", "gpus_per_node")
-        validation.require(
-            self.world_size % self.model_parallel_size == 0,
-            "parallel.num_nodes x parallel.gpus_per_node",
-            self.world_size,
-            f"must be a multiple of TP x PP x CP = {self.model_parallel_size}",
-            "Give more ranks or lower one of the parallel sizes.",
-        )
-        validation.require(
-            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
-            "parallel.sequence_parallel",
-            self.sequence_parallel,
-            f"needs parallel.{tp} > 1",
-            "Turn it off.",
-        )
 
 
 @dataclass
@@ -282,8 +285,32 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property
+    def student_world_size(self) -> int:
+        """The student's ranks: those of all nodes but the `teacher.nodes` last."""
+        return (self.parallel.num_nodes - self.teacher.nodes) * self.parallel.gpus_per_node
+
+    @property
+    def teacher_world_size(self) -> int:
+        """The teacher's ranks: those of the last `teacher.nodes` nodes, or else the student's."""
+        return self.teacher.nodes * self.parallel.gpus_per_node or self.student_world_size
+
+    @property
     def data_parallel_size(self) -> int:
-        return self.parallel.world_size // self.parallel.model_parallel_size
+        return self.student_world_size // self.parallel.model_parallel_size
+
+    @property
+    def teacher_parallel(self) -> ParallelConfig:
+        """The teacher's layout, `teacher.parallel` over the student's."""
+        own = {name: value for name, value in vars(self.teacher.parallel).items() if value is not None}
+        layout = replace(self.parallel, **own)
+        if self.teacher.parallel.sequence_parallel is None and layout.tensor_model_parallel_size == 1:
+            layout.sequence_parallel = False
+        return layout
+
+    @property
+    def one_layout(self) -> bool:
+        """Whether both models lie on the same ranks in the same way, so that hidden states stay where they are."""
+        return self.teacher.nodes == 0 and self.teacher_parallel == self.parallel
 
     def validate(self, batch: bool = True) -> None:
         """Raise UserError on the first field that breaks its rule or a rule between fields. Reads no file.
@@ -302,6 +329,7 @@ class TrainConfig:
         for part in parts:
             part.validate()
         self.objective.validate_preset()
+        self._validate_layouts()
         if batch:
             self._validate_batch()
         validation.require(
@@ -332,13 +360,46 @@ class TrainConfig:
             "Lower it or raise data.seq_length.",
         )
 
+    def _validate_layouts(self) -> None:
+        validation.require(
+            self.teacher.nodes < self.parallel.num_nodes,
+            "teacher.nodes",
+            self.teacher.nodes,
+            f"must leave a node of parallel.num_nodes = {self.parallel.num_nodes} to the student",
+            "Lower it or add nodes.",
+        )
+        nodes = "(parallel.num_nodes - teacher.nodes)" if self.teacher.nodes else "parallel.num_nodes"
+        for prefix, layout, ranks, ranks_from in (
+            ("", self.parallel, self.student_world_size, nodes),
+            (
+                "teacher.",
+                self.teacher_parallel,
+                self.teacher_world_size,
+                "teacher.nodes" if self.teacher.nodes else nodes,
+            ),
+        ):
+            validation.require(
+                ranks % layout.model_parallel_size == 0,
+                f"{ranks_from} x parallel.gpus_per_node",
+                ranks,
+                f"must be a multiple of {prefix}parallel's TP x PP x CP = {layout.model_parallel_size}",
+                "Give more ranks or lower one of the parallel sizes.",
+            )
+            validation.require(
+                not layout.sequence_parallel or layout.tensor_model_parallel_size > 1,
+                f"{prefix}parallel.sequence_parallel",
+                layout.sequence_parallel,
+                f"needs {prefix}parallel.tensor_model_parallel_size > 1",
+                "Turn it off.",
+            )
+
     def _validate_batch(self) -> None:
         validation.require(
-            self.teacher.micro_batch_size <= self.micro_batch_size,
+            not self.one_layout or self.teacher.micro_batch_size <= self.micro_batch_size,
             "teacher.micro_batch_size",
             self.teacher.micro_batch_size,
-            f"must not exceed micro_batch_size = {self.micro_batch_size}, which the teacher reads in parts",
-            "Lower it.",
+            f"must not exceed micro_batch_size = {self.micro_batch_size}: in one layout the teacher reads parts of it",
+            "Lower it, or give the teacher a layout of its own.",
         )
         rows, dp = self.micro_batch_size, self.data_parallel_size
         what = f"micro_batch_size x DP = {rows} x {dp}"

@@ -51,28 +51,49 @@ def make_micro_batches(
             f"{len(samples)} samples with {len(responses)} responses cannot be cut into micro-batches of "
             f"{micro_batch_size} rows."
         )
-    rows = sorted(
-        zip(samples, responses, strict=True),
-        key=lambda row: (-len(row[0].prompt_ids) - len(row[1]), row[0].index),
-    )
-    chunks = [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
-    return [_pad(chunk, pad_to_multiple, pad_id, device) for chunk in chunks]
+    prompts, written = [len(s.prompt_ids) for s in samples], [len(r) for r in responses]
+    token_ids = [[*s.prompt_ids, *r] for s, r in zip(samples, responses, strict=True)]
+    lengths, index = list(map(len, token_ids)), [sample.index for sample in samples]
+    return [
+        pad_rows(
+            [token_ids[row] for row in rows],
+            [prompts[row] for row in rows],
+            [written[row] for row in rows],
+            [index[row] for row in rows],
+            width=round_up(lengths[rows[0]], pad_to_multiple),
+            pad_id=pad_id,
+            device=device,
+        )
+        for rows in cut_rows(lengths, index, micro_batch_size)
+    ]
 
 
-def _pad(
-    rows: Sequence[tuple[Sample, Sequence[int]]], multiple: int, pad_id: int, device: torch.device | str
+def cut_rows(lengths: Sequence[int], index: Sequence[int], micro_batch_size: int) -> list[list[int]]:
+    """The rows of each micro-batch, longest first; rows of one length in the order of their samples' `index`."""
+    rows = sorted(range(len(lengths)), key=lambda row: (-lengths[row], index[row]))
+    return [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
+
+
+def pad_rows(
+    token_ids: Sequence[Sequence[int] | Tensor],
+    prompts: Sequence[int],
+    responses: Sequence[int],
+    index: Sequence[int],
+    *,
+    width: int,
+    pad_id: int,
+    device: torch.device | str,
 ) -> MicroBatch:
-    longest = len(rows[0][0].prompt_ids) + len(rows[0][1])
-    width = round_up(longest, multiple)
-    tokens = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for b, (sample, response) in enumerate(rows):
-        start, end = len(sample.prompt_ids), len(sample.prompt_ids) + len(response)
-        tokens[b, :end] = torch.tensor([*sample.prompt_ids, *response])
-        mask[b, start - 1 : end - 1] = True
+    """One micro-batch: rows of token ids, their prompts' and responses' lengths and their sample indices."""
+    tokens = torch.full((len(token_ids), width), pad_id, dtype=torch.int64)
+    for row, ids in zip(tokens, token_ids, strict=True):
+        row[: len(ids)] = torch.as_tensor(ids)
+    position = torch.arange(width)
+    start = torch.tensor(prompts)[:, None] - 1  # the logits before a token predict it
+    mask = (position >= start) & (position < start + torch.tensor(responses)[:, None])
     return MicroBatch(
         tokens=tokens.to(device),
-        position_ids=torch.arange(width, device=device).expand(len(rows), width),
+        position_ids=position.to(device).expand(len(tokens), width),
         response_mask=mask.to(device),
-        sample_index=torch.tensor([sample.index for sample, _ in rows], device=device),
+        sample_index=torch.tensor(index, device=device),
     )

@@ -23,6 +23,7 @@ from nemo_tsdkd.data.batch import MicroBatch, make_micro_batches
 from nemo_tsdkd.data.dataset import Sample
 from nemo_tsdkd.data.tokenizer import Vocabulary
 from nemo_tsdkd.distributed.groups import long_timeout_group
+from nemo_tsdkd.distributed.job import Job
 from nemo_tsdkd.megatron.checkpoints.load import load_weights
 from nemo_tsdkd.megatron.gpt import (
     context_parallel_slice,
@@ -42,10 +43,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """NeMo checkpoints of the initial student and of the teacher, and the teacher's NeMo configuration."""
+    """NeMo checkpoints of the initial student and of the teacher, and both models' NeMo configurations."""
 
     student: Path
     teacher: Path
+    student_gpt_config: llm.GPTConfig = field(repr=False)
     teacher_gpt_config: llm.GPTConfig = field(repr=False)
 
 
@@ -53,7 +55,7 @@ class DistillationBatch(NamedTuple):
     """One micro-batch of the student's pass, with what the teacher's pass left for it."""
 
     micro_batch: MicroBatch
-    teacher_hidden: list[Tensor] | None  # `Teacher.forward`; on the last pipeline stage only
+    teacher_hidden: Tensor  # this rank's share, from `Teacher.forward`
     loss_weight: float  # turns the sum over this micro-batch's sequences into Megatron's share of the global mean
 
 
@@ -65,6 +67,7 @@ class TSDKDModel(llm.GPTModel):
         train_config: the whole configuration of the run.
         checkpoints: where both models' weights come from.
         vocabulary: that of the tokenizer, which both models share.
+        job: all ranks of the job, the teacher's among them.
         optim: NeMo optimizer module.
         resumes: the student's weights come from a checkpoint of the run, which NeMo's trainer loads.
     """
@@ -76,11 +79,13 @@ class TSDKDModel(llm.GPTModel):
         train_config: TrainConfig,
         checkpoints: Checkpoints,
         vocabulary: Vocabulary,
+        job: Job,
         optim: Any = None,
         resumes: bool = False,
     ) -> None:
         super().__init__(config, optim=optim)
         self.train_config = train_config
+        self.job = job
         self.checkpoints = checkpoints
         self.vocabulary = vocabulary
         self.resumes = resumes
@@ -96,14 +101,19 @@ class TSDKDModel(llm.GPTModel):
         super().configure_model(vp_stage)
         if not self.resumes:
             load_weights(self.module, self.checkpoints.student)
-        teacher_config = self.train_config.teacher
-        self.teacher = Teacher(self.checkpoints.teacher_gpt_config, self.checkpoints.teacher, teacher_config)
+        self.teacher = Teacher(
+            self.checkpoints.teacher_gpt_config,
+            self.checkpoints.teacher,
+            train_config=self.train_config,
+            job=self.job,
+            pad_id=self.vocabulary.pad_id,
+        )
         self._long_timeout_group = long_timeout_group()
         rows = self.train_config.global_batch_size // self.train_config.data_parallel_size
         logger.info(
             "teacher: a step keeps at most %.1f MiB of hidden states on the %s of each last-stage rank.",
             self.teacher.bytes_per_token * rows * self.train_config.data.seq_length / 2**20,
-            "host" if teacher_config.offload_hidden_states else "device",
+            "host" if self.train_config.teacher.offload_hidden_states else "device",
         )
 
     # Phase one, the rollout: the student generates responses, or the data set supplies them.
@@ -160,9 +170,10 @@ class TSDKDModel(llm.GPTModel):
         Raises:
             UserError: no sequence of the global batch has a response token.
         """
+        written = [response.token_ids for response in responses]
         micro_batches = make_micro_batches(
             samples,
-            [response.token_ids for response in responses],
+            written,
             micro_batch_size=self.train_config.micro_batch_size,
             pad_id=self.vocabulary.pad_id,
             pad_to_multiple=pad_to_multiple(self.train_config, torch.cuda.is_available()),
@@ -170,8 +181,8 @@ class TSDKDModel(llm.GPTModel):
         )
         weight = len(micro_batches) / self._mean_sequences(micro_batches)
         micro_batches = [context_parallel_slice(batch) for batch in micro_batches]
-        hidden = self.teacher.forward(micro_batches) or [None] * len(micro_batches)
-        return [DistillationBatch(batch, part, weight) for batch, part in zip(micro_batches, hidden, strict=True)]
+        hidden = self.teacher.forward(samples, written)
+        return [DistillationBatch(batch, share, weight) for batch, share in zip(micro_batches, hidden, strict=True)]
 
     def _mean_sequences(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Sequences with a response in the global batch, per data-parallel rank: the loss is their mean, while
@@ -196,10 +207,11 @@ class TSDKDModel(llm.GPTModel):
     def loss(self, batch: DistillationBatch, hidden: Tensor) -> ObjectiveOutput:
         """The objective on one micro-batch, from the final hidden states of both models and their heads."""
         student, objective = unwrap(self.module), self._objective
-        teacher_hidden = self.teacher.dense(batch.micro_batch, batch.teacher_hidden)
+        sequence_parallel, tp_group = self.config.sequence_parallel, parallel_state.get_tensor_model_parallel_group()
+        teacher_hidden = self.teacher.dense(batch.micro_batch, batch.teacher_hidden, sequence_parallel, tp_group)
         common: dict[str, Any] = {
             "vocab_size": self.vocabulary.size,
-            "tp_group": parallel_state.get_tensor_model_parallel_group(),
+            "tp_group": tp_group,
             "cp_group": parallel_state.get_context_parallel_group(),
         }
         mask = batch.micro_batch["response_mask"].t()
@@ -212,11 +224,10 @@ class TSDKDModel(llm.GPTModel):
                 self.teacher.head_weight,
                 mask,
                 objective,
-                sequence_parallel=self.config.sequence_parallel,
+                sequence_parallel=sequence_parallel,
                 **common,
             )
-        with torch.no_grad():
-            teacher_logits = vocab_parallel_logits(self.teacher.module, teacher_hidden)
+        teacher_logits = self.teacher.logits(teacher_hidden, sequence_parallel, tp_group)
         student_logits = vocab_parallel_logits(student, hidden)
         # Nothing else reads the logits, and a linear layer's backward needs no output: the gradient may replace them.
         return tsdkd_loss(student_logits, teacher_logits, mask, objective, overwrite_student_logits=True, **common)

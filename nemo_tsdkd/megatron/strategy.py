@@ -92,6 +92,7 @@ class TSDKDStrategy(nl.MegatronStrategy):
             responses = model.respond(samples, step)
         with self._timed("teacher_s"):
             batches = model.teacher_pass(samples, responses)
+        self.step_metrics["teacher_bytes_sent"] = model.teacher.bytes_sent
         with self._timed("student_s"):
             reports = super().training_step(iter(batches), *args, **kwargs)
         self.step_metrics |= self._response_lengths(responses) | self._reduce(reports)

@@ -1,28 +1,41 @@
-"""The frozen teacher: a forward-only pipeline pass over the responses that keeps what the loss needs.
+"""The frozen teacher: a forward-only pass over the responses that keeps what the student's loss needs.
 
-It stores final hidden states of response positions (10 KB a token at 14B) where logits would take 304 KB; the loss
-multiplies them by the teacher's vocabulary-sharded head. So the teacher is no part of the student's pipeline.
+Its final hidden states of response positions (10 KB a token at 14B) stand for its logits (304 KB); the loss multiplies
+them by the teacher's head in the student's vocabulary shards. So the teacher needs no place in the student's pipeline:
+it lies on the student's ranks in the student's layout or in one of its own (`teacher.parallel`), or on nodes of its
+own (`teacher.nodes`). Rows of the global batch travel to it, hidden states travel back (`distributed/handover.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel as MCoreGPTModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor, nn
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.nn import functional
 
-from nemo_tsdkd.config.schema import TeacherConfig
+from nemo_tsdkd.checks.precision import pad_to_multiple, teacher_pad_to_multiple
+from nemo_tsdkd.config.schema import TrainConfig
 from nemo_tsdkd.data.batch import MicroBatch
-from nemo_tsdkd.megatron.checkpoints.load import frozen_model
-from nemo_tsdkd.megatron.gpt import head_weight, hidden_states_only, sequence_shard
+from nemo_tsdkd.data.dataset import Sample
+from nemo_tsdkd.data.global_batch import GlobalBatch, slices_of
+from nemo_tsdkd.distributed.handover import Handover, share_size
+from nemo_tsdkd.distributed.job import Job
+from nemo_tsdkd.distributed.layout import student_layout, teacher_layout
+from nemo_tsdkd.distributed.vocab_parallel import all_gather
+from nemo_tsdkd.megatron.checkpoints.load import load_head
+from nemo_tsdkd.megatron.gpt import sequence_shard
+from nemo_tsdkd.megatron.teacher_pass import TeacherPass
+
+_STEP, _STOP = 1, 0  # what rank 0 tells the teacher's nodes
 
 
 class Teacher:
-    """This rank's shard of the teacher, on the student's TP x PP x CP layout.
+    """The teacher as one rank of the job sees it, be it the student's, the teacher's or both.
 
     A plain object, not a module: whatever walks the student's module tree (DDP, the optimizer, checkpoints,
     parameter counts) does not find it.
@@ -30,103 +43,161 @@ class Teacher:
     Args:
         gpt_config: NeMo GPT config of the teacher, its parallel sizes and dtypes set.
         checkpoint: NeMo checkpoint to read the weights from; each rank reads its own shard only.
-        teacher_config: the `teacher` section of the run's configuration.
+        train_config: the whole configuration of the run.
+        job: all ranks.
+        pad_id: fills rows up.
+
+    Attributes:
+        bytes_sent: hidden states that changed ranks in the last step, over the whole job.
     """
 
-    def __init__(self, gpt_config: Any, checkpoint: Path, teacher_config: TeacherConfig) -> None:
-        self.teacher_config = teacher_config
-        self.module = frozen_model(gpt_config, checkpoint)
-        self.module.set_is_first_microbatch()  # FP8: quantize these weights, not what a cache remembers
-        self.is_last_stage = self.module.post_process
-        self._offloaded = OffloadedWeights(self.module) if teacher_config.offload_weights else None
+    def __init__(self, gpt_config: Any, checkpoint: Path, *, train_config: TrainConfig, job: Job, pad_id: int) -> None:
+        self.train_config, self.job, self.pad_id = train_config, job, pad_id
+        self.layout, self.student = teacher_layout(train_config), student_layout(train_config)
+        self.bytes_sent = 0
+        self._row = (gpt_config.hidden_size, gpt_config.params_dtype)
+        own_head = None if train_config.one_layout else self._load_head(gpt_config, checkpoint)
+        self._pass = None
+        if job.rank in self.layout.ranks:
+            parallel = None if train_config.one_layout else train_config.teacher_parallel
+            teacher_config, keep_head = train_config.teacher, own_head is None
+            self._pass = TeacherPass(gpt_config, checkpoint, teacher_config, parallel, keep_head=keep_head)
+        self._own_head = own_head
+
+    def _load_head(self, gpt_config: Any, checkpoint: Path) -> Tensor | None:
+        """The teacher's head in the student's vocabulary shards, on the student's last stage; collective over the
+        student's ranks."""
+        if self.job.reads_only:
+            return None
+        head = load_head(gpt_config, checkpoint, parallel_state.get_tensor_model_parallel_group())
+        return head if parallel_state.is_pipeline_last_stage() else head.new_empty(0)
 
     @property
     def head_weight(self) -> Tensor:
-        """The teacher's output weight `[V/TP, H]`, on the last stage only."""
-        return head_weight(self.module)
+        """The teacher's output weight `[V/TP, H]` by the student's TP, on the student's last stage only."""
+        if self._own_head is not None:
+            return self._own_head
+        assert self._pass is not None
+        return self._pass.head_weight
+
+    @property
+    def module(self) -> Any:
+        """This rank's shard of the teacher; None on a rank without one."""
+        return self._pass.module if self._pass else None
 
     @property
     def bytes_per_token(self) -> float:
-        """Memory of one response token's hidden state on one rank of the last stage."""
-        gpt = self.module.config
-        shards = gpt.context_parallel_size * (gpt.tensor_model_parallel_size if gpt.sequence_parallel else 1)
-        return gpt.hidden_size * gpt.params_dtype.itemsize / shards
+        """Memory of one response token's hidden state on one rank of the student's last stage, on the average."""
+        hidden, dtype = self._row
+        return hidden * dtype.itemsize / (self.student.context * self.student.tensor)
 
-    @torch.no_grad()
-    def forward(self, micro_batches: list[MicroBatch]) -> list[list[Tensor]] | None:
-        """Final hidden states of the response positions, on the last stage; None on the others.
+    def forward(self, samples: Sequence[Sample], responses: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The teacher's hidden states of the response positions of each of this rank's student micro-batches.
 
-        Returns for each micro-batch the packed rows `[N, H]` of its parts (`_split`), on the device or, with
-        `offload_hidden_states`, on the host. `dense` restores one micro-batch's `[S, B, H]` from them.
+        Call it on all of the student's ranks; the teacher's nodes follow by themselves (`serve`).
+
+        Returns:
+            This rank's share `[n, H]` of each micro-batch (`dense` lays it out), on the device or, with
+            `teacher.offload_hidden_states`, on the host; shares are empty off the last pipeline stage.
         """
-        if self._offloaded:
-            self._offloaded.restore()
-        parts = [part for batch in micro_batches for part in self._split(batch)]
-        with hidden_states_only(self.module):
-            kept = get_forward_backward_func()(
-                forward_step_func=self._forward_step,
-                data_iterator=iter(parts),
-                model=self.module,
-                num_microbatches=len(parts),
-                seq_length=parts[0]["tokens"].shape[1],  # of the first part: the pipeline exchanges each shape
-                micro_batch_size=parts[0]["tokens"].shape[0],
-                forward_only=True,
-                collect_non_loss_data=True,
+        batch = GlobalBatch.gather(
+            samples,
+            responses,
+            with_tokens=not self.train_config.one_layout,
+            dp_group=parallel_state.get_data_parallel_group(),
+            device=torch.cuda.current_device(),
+        )
+        if self.train_config.teacher.nodes:
+            self._tell(_STEP, batch)
+        return self._step(batch)
+
+    def serve(self) -> None:
+        """Read what the student's ranks ask for until they `dismiss`; what a rank of the teacher's nodes does."""
+        while (batch := self._told()) is not None:
+            self._step(batch)
+
+    def dismiss(self) -> None:
+        """Let the teacher's nodes leave: the student's ranks are done. Call it on all of them."""
+        if self.train_config.teacher.nodes:
+            self._tell(_STOP, None)
+
+    def dense(self, batch: MicroBatch, share: Tensor, sequence_parallel: bool, tp_group: dist.ProcessGroup) -> Tensor:
+        """Hidden states `[S (/TP), B, H]` of one student micro-batch; positions outside the responses are zero.
+
+        Args:
+            batch: this context-parallel rank's slice of the micro-batch.
+            share: from `forward`.
+            sequence_parallel: the student's: the result is then this rank's shard of the sequence.
+            tp_group: the student's.
+        """
+        mask = sequence_shard(batch["response_mask"].t(), sequence_parallel).t()  # [B, S (/TP)], the shares' order
+        rows = share.to(mask.device, non_blocking=True)
+        if not sequence_parallel and tp_group.size() > 1:
+            count = int(mask.sum())
+            size = int(share_size(count, tp_group.size()))
+            padded = rows.new_zeros(size, rows.shape[1])
+            padded[: len(rows)] = rows
+            rows = all_gather(padded, tp_group).flatten(0, 1)[:count]
+        hidden = rows.new_zeros(mask.shape[1], mask.shape[0], rows.shape[-1])
+        hidden.transpose(0, 1)[mask] = rows
+        return hidden
+
+    def logits(self, hidden: Tensor, sequence_parallel: bool, tp_group: dist.ProcessGroup) -> Tensor:
+        """The teacher's logits `[S, B, V/TP]` in the student's vocabulary shards, of what `dense` returned."""
+        if sequence_parallel:
+            hidden = all_gather(hidden, tp_group).flatten(0, 1)
+        return functional.linear(hidden, self.head_weight)
+
+    def _step(self, batch: GlobalBatch) -> list[Tensor]:
+        config, on_gpu = self.train_config, torch.cuda.is_available()
+        student_cut = batch.student_cut(self.student.data, config.micro_batch_size, pad_to_multiple(config, on_gpu))
+        if config.one_layout:
+            cut = slices_of(student_cut, config.micro_batch_size, config.teacher.micro_batch_size)
+        else:
+            multiple = teacher_pad_to_multiple(config, on_gpu)
+            cut = batch.balanced_cut(self.layout.data, config.teacher.micro_batch_size, multiple)
+        plan = Handover.plan(
+            batch.starts,
+            batch.response,
+            (self.layout, cut),
+            (self.student, student_cut),
+            self.job.rank,
+            self.job.world_size,
+        )
+        hidden, dtype = self._row
+        self.bytes_sent = plan.rows_on_the_wire * hidden * dtype.itemsize
+        if self._pass is None:
+            held = torch.empty(0, hidden, dtype=dtype, device=torch.cuda.current_device())
+        else:
+            data_rank = (self.job.rank - self.layout.first_rank) // (self.layout.tensor * self.layout.context)
+            held = self._pass.forward(
+                batch.micro_batches(
+                    cut, data_rank % self.layout.data, pad_id=self.pad_id, device=torch.cuda.current_device()
+                ),
+                plan.rows_held,
             )
-        if self._offloaded:
-            self._offloaded.release()
-        if not self.is_last_stage:
+        shares = []
+        for m in range(len(plan.transfers)):
+            share = plan.exchange(m, held, self.job.everyone)
+            shares.append(share.to("cpu", non_blocking=True) if config.teacher.offload_hidden_states else share)
+        return shares
+
+    def _tell(self, what: int, batch: GlobalBatch | None) -> None:
+        """Rank 0 tells the teacher's nodes the rows of this step, or that there are no more; all ranks listen."""
+        rows = self.train_config.global_batch_size
+        header = torch.zeros(2 + 3 * rows, dtype=torch.int64)
+        if batch is not None:
+            header[1] = batch.tokens.shape[1]
+            header[2:] = torch.from_numpy(batch.lengths).flatten()
+        header[0] = what
+        self.job.tell(header)
+        if batch is not None:
+            self.job.tell(batch.tokens)
+
+    def _told(self) -> GlobalBatch | None:
+        rows = self.train_config.global_batch_size
+        header = self.job.tell(torch.empty(2 + 3 * rows, dtype=torch.int64))
+        if header[0] == _STOP:
             return None
-        rows = iter(kept)
-        return [[next(rows) for _ in self._split(batch)] for batch in micro_batches]
-
-    def dense(self, batch: MicroBatch, parts: list[Tensor]) -> Tensor:
-        """Hidden states `[S (/TP), B, H]` of one micro-batch; positions outside the responses are zero."""
-        columns = []
-        for part, rows in zip(self._split(batch), parts, strict=True):
-            mask = self._positions(part)
-            rows = rows.to(mask.device, non_blocking=True)
-            columns.append(rows.new_zeros(*mask.shape, rows.shape[-1]).masked_scatter_(mask[..., None], rows))
-        return torch.cat(columns, dim=1)
-
-    def _split(self, batch: MicroBatch) -> Iterator[MicroBatch]:
-        """Cut a student's micro-batch into as many rows as the teacher may hold. Its padded length stays, so that
-        both models' sequence shards hold the same positions."""
-        rows = self.teacher_config.micro_batch_size
-        for start in range(0, len(batch["tokens"]), rows):
-            yield {key: value[start : start + rows] for key, value in batch.items()}
-
-    def _positions(self, part: MicroBatch) -> Tensor:
-        return sequence_shard(part["response_mask"].t(), self.module.config.sequence_parallel)
-
-    def _forward_step(self, parts: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
-        part = next(parts)
-        hidden = model(part["tokens"], part["position_ids"], None)  # no mask: attention is causal
-
-        def keep(output: Tensor, non_loss_data: bool = True) -> Tensor:
-            """Megatron calls this on the last stage and collects what it returns."""
-            rows = output[self._positions(part)]
-            return rows.to("cpu", non_blocking=True) if self.teacher_config.offload_hidden_states else rows
-
-        return hidden, keep
-
-
-class OffloadedWeights:
-    """Keeps a frozen module's weights on the host between passes, all but the head, which the loss needs."""
-
-    def __init__(self, module: MCoreGPTModel) -> None:
-        head = head_weight(module) if module.post_process else None
-        self._module = module
-        self._parameters = [p for p in module.parameters() if p is not head]
-        self._host = [p.data.to("cpu").pin_memory() for p in self._parameters]
-        self.release()
-
-    def release(self) -> None:
-        for parameter, host in zip(self._parameters, self._host, strict=True):
-            parameter.data = host  # frees the device copy
-        for part in self._module.modules():
-            getattr(part, "_fp8_workspaces", {}).clear()  # FP8 copies, which the next pass makes again
-
-    def restore(self) -> None:
-        for parameter, host in zip(self._parameters, self._host, strict=True):
-            parameter.data = host.to(torch.cuda.current_device(), non_blocking=True)
+        tokens = self.job.tell(torch.empty(rows, int(header[1]), dtype=torch.int32))
+        return GlobalBatch(header[2:].view(rows, 3).numpy(), tokens)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,19 @@ from nemo_tsdkd.checkpoints.run_record import RunRecord, open_record, student_di
 from nemo_tsdkd.checkpoints.shape import padded_vocab_size
 from nemo_tsdkd.checkpoints.start_over import begin
 from nemo_tsdkd.checks.precision import check_engine, model_settings, plugin_settings
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.schema import ParallelConfig, TrainConfig
 from nemo_tsdkd.data.dataset import PromptDataset
 from nemo_tsdkd.data.tokenizer import Vocabulary, check_same_tokenizer, load_tokenizer, tokenizer_digest
-from nemo_tsdkd.distributed.groups import from_rank_zero, process_group, rank_zero_first
-from nemo_tsdkd.distributed.signals import Stopped
+from nemo_tsdkd.distributed.groups import from_rank_zero, rank_zero_first
+from nemo_tsdkd.distributed.job import Job, job_groups
+from nemo_tsdkd.distributed.signals import STOP_SIGNALS, Stopped
 from nemo_tsdkd.megatron.callbacks import KeepLock, Report, SaveAndStop
 from nemo_tsdkd.megatron.checkpoints.load import gpt_config, resolve
 from nemo_tsdkd.megatron.checkpoints.save import RunCheckpoints, find_checkpoint, lock_run, mark_finished
 from nemo_tsdkd.megatron.datamodule import SampleModule
 from nemo_tsdkd.megatron.model import Checkpoints, TSDKDModel
 from nemo_tsdkd.megatron.strategy import TSDKDStrategy
+from nemo_tsdkd.megatron.teacher import Teacher
 from nemo_tsdkd.reporting.metrics import RunWriter
 from nemo_tsdkd.reporting.provenance import changed_settings, save_provenance
 
@@ -50,26 +54,54 @@ def train(config: TrainConfig) -> Stopped | None:
     """
     check_engine(config)
     run_dir = Path(config.run_dir)
-    with process_group(), lock_run(run_dir) as claim:
-        checkpoint, damaged = find_checkpoint(run_dir)
-        if checkpoint is None:
-            from_rank_zero(lambda: begin(run_dir, damaged, config.checkpoint.start_over))
-        elif step_of(checkpoint) >= config.max_steps:
-            _end_again(run_dir, config.max_steps, step_of(checkpoint))
+    with job_groups(config) as job:
+        if job.reads_only:
+            read_for_the_student(config, job)
             return None
-        tokenizer = load_tokenizer(config.student.path)
-        check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.path))
-        vocabulary = Vocabulary.of(tokenizer, config.student.path)
-        data = build_data(config, tokenizer, vocabulary)
-        model = build_model(config, vocabulary, run_dir, resumes=checkpoint is not None)
-        student, digest = model.checkpoints.student, tokenizer_digest(tokenizer)
-        record = from_rank_zero(lambda: _begin_attempt(config, checkpoint, damaged, student, digest))
-        checkpoints = RunCheckpoints(run_dir, config.checkpoint, claim, record)
-        save_and_stop = SaveAndStop(checkpoints, student, config.rollout.reuse)
-        callbacks = [KeepLock(claim), Report(run_dir, config.progress_bar), save_and_stop]
-        with checkpoints.report_full_disk():
-            build_trainer(config, callbacks).fit(model, datamodule=data, ckpt_path=checkpoint)
-        return save_and_stop.stopped
+        with lock_run(run_dir) as claim:
+            checkpoint, damaged = find_checkpoint(run_dir)
+            if checkpoint is None:
+                from_rank_zero(lambda: begin(run_dir, damaged, config.checkpoint.start_over))
+            elif step_of(checkpoint) >= config.max_steps:
+                _end_again(run_dir, config.max_steps, step_of(checkpoint))
+                job.begin(False)
+                return None
+            vocabulary, tokenizer = load_vocabulary(config)
+            data = build_data(config, tokenizer, vocabulary)
+            model = build_model(config, vocabulary, job, resumes=checkpoint is not None)
+            student, digest = model.checkpoints.student, tokenizer_digest(tokenizer)
+            record = from_rank_zero(lambda: _begin_attempt(config, checkpoint, damaged, student, digest))
+            job.begin(True)
+            checkpoints = RunCheckpoints(run_dir, config.checkpoint, claim, record)
+            save_and_stop = SaveAndStop(checkpoints, student, config.rollout.reuse)
+            callbacks = [KeepLock(claim), Report(run_dir, config.progress_bar), save_and_stop]
+            with checkpoints.report_full_disk():
+                build_trainer(config, callbacks).fit(model, datamodule=data, ckpt_path=checkpoint)
+            model.teacher.dismiss()
+            return save_and_stop.stopped
+
+
+def read_for_the_student(config: TrainConfig, job: Job) -> None:
+    """What a rank of the teacher's own nodes does: its part of the teacher's passes, until the student's ranks end.
+
+    It begins after them, so that they have imported what both sides load, and they alone decide when to stop.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if job.begin():
+        vocabulary, _ = load_vocabulary(config)
+        models = model_files(config, vocabulary)
+        teacher = Teacher(
+            models.teacher_gpt_config, models.teacher, train_config=config, job=job, pad_id=vocabulary.pad_id
+        )
+        teacher.serve()
+
+
+def load_vocabulary(config: TrainConfig) -> tuple[Vocabulary, PreTrainedTokenizerBase]:
+    """The student's tokenizer and its vocabulary. Raises UserError where the teacher's tokenizer is another one."""
+    tokenizer = load_tokenizer(config.student.path)
+    check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.path))
+    return Vocabulary.of(tokenizer, config.student.path), tokenizer
 
 
 def _begin_attempt(
@@ -108,39 +140,46 @@ def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, vocabula
     return SampleModule(data, config)
 
 
-def build_model(config: TrainConfig, vocabulary: Vocabulary, run_dir: Path, resumes: bool = False) -> TSDKDModel:
-    """Both models in the run's layout and one padded vocabulary; their weights are loaded later.
-
-    Raises:
-        UserError: a checkpoint that is none, a model without rows for the vocabulary, or an objective that the
-            vocabulary does not allow.
-    """
-    cache = run_dir / "imported"
-    student, teacher = resolve(config.student.path, cache), resolve(config.teacher.path, cache)
-    student_gpt, teacher_gpt = gpt_config(student), gpt_config(teacher)
-    vocabulary.require_rows(student=student_gpt.vocab_size, teacher=teacher_gpt.vocab_size)
-    config.objective.validate_vocabulary(vocabulary.size)
-    set_layout(student_gpt, config, model_settings(config.precision.name, config.precision.first_last_layers_bf16))
-    set_layout(teacher_gpt, config, model_settings(config.teacher.precision))
-    width = padded_vocab_size(
-        student_gpt.vocab_size,
-        teacher_gpt.vocab_size,
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-    )
-    student_gpt.vocab_size = teacher_gpt.vocab_size = width
+def build_model(config: TrainConfig, vocabulary: Vocabulary, job: Job, resumes: bool = False) -> TSDKDModel:
+    """The student with its teacher; their weights are loaded later. Raises UserError as `model_files`."""
+    models = model_files(config, vocabulary)
     return TSDKDModel(
-        student_gpt,
+        models.student_gpt_config,
         train_config=config,
-        checkpoints=Checkpoints(student, teacher, teacher_gpt),
+        checkpoints=models,
         vocabulary=vocabulary,
+        job=job,
         optim=build_optimizer(config),
         resumes=resumes,
     )
 
 
-def set_layout(gpt: llm.GPTConfig, config: TrainConfig, arithmetic: dict[str, Any]) -> None:
-    """Give one model the run's layout and its arithmetic; NeMo's strategy would do so for the student alone."""
-    p = config.parallel
+def model_files(config: TrainConfig, vocabulary: Vocabulary) -> Checkpoints:
+    """Both models' checkpoints and configurations, each in its layout and with one padded vocabulary.
+
+    Raises:
+        UserError: a checkpoint that is none, a model without rows for the vocabulary, or an objective that the
+            vocabulary does not allow.
+    """
+    cache = Path(config.run_dir) / "imported"
+    student, teacher = resolve(config.student.path, cache), resolve(config.teacher.path, cache)
+    student_gpt, teacher_gpt = gpt_config(student), gpt_config(teacher)
+    vocabulary.require_rows(student=student_gpt.vocab_size, teacher=teacher_gpt.vocab_size)
+    config.objective.validate_vocabulary(vocabulary.size)
+    precision, layouts = config.precision, (config.parallel, config.teacher_parallel)
+    set_layout(student_gpt, config, layouts[0], model_settings(precision.name, precision.first_last_layers_bf16))
+    set_layout(teacher_gpt, config, layouts[1], model_settings(config.teacher.precision))
+    width = padded_vocab_size(
+        student_gpt.vocab_size,
+        teacher_gpt.vocab_size,
+        tensor_model_parallel_size=math.lcm(*(layout.tensor_model_parallel_size for layout in layouts)),
+    )
+    student_gpt.vocab_size = teacher_gpt.vocab_size = width
+    return Checkpoints(student, teacher, student_gpt, teacher_gpt)
+
+
+def set_layout(gpt: llm.GPTConfig, config: TrainConfig, p: ParallelConfig, arithmetic: dict[str, Any]) -> None:
+    """Give one model its layout and its arithmetic; NeMo's strategy would do so for the student alone."""
     gpt.tensor_model_parallel_size = p.tensor_model_parallel_size
     gpt.pipeline_model_parallel_size = p.pipeline_model_parallel_size
     gpt.context_parallel_size = p.context_parallel_size
@@ -196,7 +235,7 @@ def build_trainer(config: TrainConfig, callbacks: list[Any]) -> nl.Trainer:
     return nl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=p.gpus_per_node,
-        num_nodes=p.num_nodes,
+        num_nodes=p.num_nodes - config.teacher.nodes,
         strategy=strategy,
         plugins=nl.MegatronMixedPrecision(**precision),
         max_steps=config.max_steps,

@@ -200,7 +200,10 @@ def test_ranks_that_share_no_batch_may_be_any_number():
         ("checkpoint.keep_every=-1", "checkpoint.keep_every = -1"),
         ("parallel.context_parallel_size=0", "parallel.context_parallel_size = 0"),
         ("parallel.sequence_parallel=true", "sequence_parallel = True: needs parallel.tensor_model_parallel_size > 1"),
-        ("parallel.tensor_model_parallel_size=2", "gpus_per_node = 1: must be a multiple of TP x PP x CP = 2"),
+        (
+            "parallel.tensor_model_parallel_size=2",
+            "gpus_per_node = 1: must be a multiple of parallel's TP x PP x CP = 2",
+        ),
         ("parallel.gpus_per_node=3", "global_batch_size = 4: must be a multiple of .* = 2 x 3 = 6. Use 6."),
     ],
 )

@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from nemo.collections import llm
@@ -106,6 +108,24 @@ def frozen_model(config: llm.GPTConfig, checkpoint: Path) -> MCoreGPTModel:
     model = config.configure_model(tokenizer=None)
     load_weights(model, checkpoint)
     return model.to(device=torch.cuda.current_device(), dtype=config.params_dtype).eval().requires_grad_(False)
+
+
+def load_head(config: llm.GPTConfig, checkpoint: Path, tp_group: dist.ProcessGroup) -> torch.Tensor:
+    """The output weight `[V/TP, H]` of a checkpoint's model by the ranks of `tp_group`; collective over all ranks.
+
+    Args:
+        config: of the model, its padded vocabulary and dtype set. Rows beyond those in the file are zero.
+    """
+    tied = config.share_embeddings_and_output_weights
+    name = _PREFIX + ("embedding.word_embeddings.weight" if tied else "output_layer.weight")
+    shape = config.vocab_size // tp_group.size(), config.hidden_size
+    weight = torch.zeros(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
+    shard = ShardedTensor.from_rank_offsets(
+        name, weight, (0, tp_group.rank(), tp_group.size()), replica_id=dist.get_rank(), allow_shape_mismatch=True
+    )
+    # Ranks outside of `tp_group` read the same shards: who owns which is nothing to check.
+    state = dist_checkpointing.load({"head": shard}, str(checkpoint / "weights"), validate_access_integrity=False)
+    return state["head"]
 
 
 def _stored_tensors(checkpoint: Path) -> dict:

@@ -1,0 +1,127 @@
+"""This rank's shard of the teacher in the teacher's own parallel state, and its forward-only pipeline pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel as MCoreGPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from nemo_tsdkd.config.schema import ParallelConfig, TeacherConfig
+from nemo_tsdkd.data.batch import MicroBatch
+from nemo_tsdkd.megatron.checkpoints.load import frozen_model
+from nemo_tsdkd.megatron.gpt import context_parallel_slice, head_weight, hidden_states_only, sequence_shard
+from nemo_tsdkd.megatron.world import ModelWorld
+
+
+class TeacherPass:
+    """The teacher's module and what keeps it apart from the student's.
+
+    Args:
+        gpt_config: NeMo GPT config of the teacher, its parallel sizes and dtypes set.
+        checkpoint: NeMo checkpoint to read the weights from.
+        teacher_config: the `teacher` section of the run's configuration.
+        parallel: its layout; None: the student's, whose groups it shares.
+        keep_head: the loss takes the head's weight from here.
+    """
+
+    def __init__(
+        self,
+        gpt_config: Any,
+        checkpoint: Path,
+        teacher_config: TeacherConfig,
+        parallel: ParallelConfig | None,
+        *,
+        keep_head: bool,
+    ) -> None:
+        self.teacher_config = teacher_config
+        self.world = ModelWorld(parallel)
+        with self.world.entered():
+            self.module = frozen_model(gpt_config, checkpoint)
+            self.module.set_is_first_microbatch()  # FP8: quantize these weights, not what a cache remembers
+            if not keep_head and self.module.post_process and not self.module.share_embeddings_and_output_weights:
+                self.module.output_layer = None  # the loss reads the head from another place: free its memory
+            head = head_weight(self.module) if keep_head and self.module.post_process else None
+        self._offloaded = OffloadedWeights(self.module, keep=head) if teacher_config.offload_weights else None
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The teacher's output weight `[V/TP, H]`, on its last stage only."""
+        return head_weight(self.module)
+
+    @torch.no_grad()
+    def forward(self, micro_batches: list[MicroBatch], rows: int) -> Tensor:
+        """Final hidden states `[rows, H]` of the response positions that this rank holds, in the order (micro-batch,
+        row, position); on the device or, with `offload_hidden_states`, on the host.
+
+        Collective over the ranks that share this replica of the teacher.
+
+        Args:
+            micro_batches: this data-parallel rank's, whole rows.
+            rows: how many there are: none off the last stage.
+        """
+        if self._offloaded:
+            self._offloaded.restore()
+        hidden, dtype = self.module.config.hidden_size, self.module.config.params_dtype
+        host = self.teacher_config.offload_hidden_states
+        kept = torch.empty(
+            rows, hidden, dtype=dtype, device="cpu" if host else torch.cuda.current_device(), pin_memory=host
+        )
+        with self.world.entered(), hidden_states_only(self.module):
+            parts = [context_parallel_slice(batch) for batch in micro_batches]
+            free = [kept]  # what is still to be filled
+
+            def forward_step(parts: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
+                part = next(parts)
+                output = model(part["tokens"], part["position_ids"], None)  # no mask: attention is causal
+
+                def keep(output: Tensor, non_loss_data: bool = True) -> None:
+                    """Megatron calls this on the last stage."""
+                    mask = sequence_shard(part["response_mask"].t(), model.config.sequence_parallel)
+                    found = output.transpose(0, 1)[mask.t()]  # [B, S] order
+                    free[0][: len(found)].copy_(found, non_blocking=True)
+                    free[0] = free[0][len(found) :]
+
+                return output, keep
+
+            if parts:
+                get_forward_backward_func()(
+                    forward_step_func=forward_step,
+                    data_iterator=iter(parts),
+                    model=self.module,
+                    num_microbatches=len(parts),
+                    seq_length=parts[0]["tokens"].shape[1],  # of the first part: the pipeline exchanges each shape
+                    micro_batch_size=parts[0]["tokens"].shape[0],
+                    forward_only=True,
+                    collect_non_loss_data=True,
+                )
+            assert len(free[0]) == 0, "the plan counts what the masks hold"
+        if self._offloaded:
+            self._offloaded.release()
+        if host:
+            torch.cuda.synchronize()  # the copies to the host have arrived
+        return kept
+
+
+class OffloadedWeights:
+    """Keeps a frozen module's weights on the host between passes, all but `keep`, which the loss needs."""
+
+    def __init__(self, module: MCoreGPTModel, keep: Tensor | None) -> None:
+        self._module = module
+        self._parameters = [p for p in module.parameters() if p is not keep]
+        self._host = [p.data.to("cpu").pin_memory() for p in self._parameters]
+        self.release()
+
+    def release(self) -> None:
+        for parameter, host in zip(self._parameters, self._host, strict=True):
+            parameter.data = host  # frees the device copy
+        for part in self._module.modules():
+            getattr(part, "_fp8_workspaces", {}).clear()  # Transformer Engine's; made anew in the pass's first batch
+
+    def restore(self) -> None:
+        for parameter, host in zip(self._parameters, self._host, strict=True):
+            parameter.data = host.to(torch.cuda.current_device(), non_blocking=True)
