@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from nemo_tsdkd.config.validation import UserError
 
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 _DTYPES = ("float32", "bfloat16", "float16")
 _DEFAULT_THETA = 10_000.0  # of all three architectures, in transformers 4 and 5
 
@@ -51,16 +50,33 @@ _HARMLESS = set(
     "bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values "
     "exponential_decay_length_penalty suppress_tokens begin_suppress_tokens unsloth_version unsloth_fixed".split()
 )
-_SLIDING = {"sliding_window", "max_window_layers"}  # without effect, for use_sliding_window and layer_types are checked
-_HARMLESS_FOR = {
-    "qwen2": _SLIDING,
-    "qwen3": _SLIDING,
-    "llama": {"pretraining_tp", "max_sequence_length", "is_llama_config"},  # tp: the order of sums only
-}
-_ONLY_FOR: dict[str, dict[str, Any]] = {
-    "qwen2": {"use_mrope": False},
-    "qwen3": {},
-    "llama": {"rope_interleaved": False},
+_SLIDING = frozenset({"sliding_window", "max_window_layers"})  # without effect: use_sliding_window, layer_types decide
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a config.json of one model_type may say beside what all may.
+
+    Attributes:
+        name: transformers' class.
+        only: settings with the one value that is computed; null is the same.
+        harmless: settings that the logits do not depend on.
+    """
+
+    name: str
+    only: Mapping[str, Any] = field(default_factory=dict)
+    harmless: frozenset[str] = frozenset()
+
+
+# By model_type. To add one: CONTRIBUTING.md.
+ARCHITECTURES = {
+    "qwen2": Architecture("Qwen2ForCausalLM", only={"use_mrope": False}, harmless=_SLIDING),
+    "qwen3": Architecture("Qwen3ForCausalLM", harmless=_SLIDING),
+    "llama": Architecture(
+        "LlamaForCausalLM",
+        only={"rope_interleaved": False},
+        harmless=frozenset({"pretraining_tp", "max_sequence_length", "is_llama_config"}),  # tp: the order of sums only
+    ),
 }
 
 
@@ -95,11 +111,12 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
             f"{path}: model_type = {model_type!r}: must be one of {', '.join(ARCHITECTURES)}. "
             "Import other models with NeMo itself and give the NeMo checkpoint."
         )
-    only = _ONLY | _ONLY_FOR[model_type]
+    architecture = ARCHITECTURES[model_type]
+    only = {**_ONLY, **architecture.only}
     for name, value in config.items():
         if name in only:
             _require(value is None or value == only[name], path, name, value, f"must be {json.dumps(only[name])}")
-        elif name not in _CARRIED_OVER | _HARMLESS | _HARMLESS_FOR[model_type]:
+        elif name not in _CARRIED_OVER | _HARMLESS | architecture.harmless:
             rule = f"not a setting of {model_type} that is known, and it may change what the model computes"
             fix = "Remove it if it does not, else choose a model without it."
             _require(value is None, path, name, value, rule, fix)
@@ -120,7 +137,7 @@ def _check_choices(config: Mapping[str, Any], path: Path) -> None:
     _require(
         len(set(written.values())) < 2, path, "torch_dtype", config.get("torch_dtype"), "is not dtype", "Drop one."
     )
-    expected = ARCHITECTURES[config["model_type"]]
+    expected = ARCHITECTURES[config["model_type"]].name
     found = config.get("architectures") or [expected]
     _require(expected in found, path, "architectures", found, f"must be [{expected!r}]", "Give the language model.")
     layers, full = config.get("layer_types"), ["full_attention"] * config["num_hidden_layers"]
