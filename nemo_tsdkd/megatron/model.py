@@ -248,6 +248,7 @@ class TSDKDLoss(MegatronLossReduction):
         out = self._loss(batch, hidden)
         # Cloned: Megatron divides the loss in place.
         report = {"loss": out.loss_sum.detach().clone(), "num_sequences": out.num_sequences, **out.metrics}
+        report["broken"] = out.broken
         return out.loss_sum * batch.loss_weight, report
 
     def reduce(self, reports: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -120,12 +120,21 @@ class TSDKDStrategy(nl.MegatronStrategy):
         return means | {"response_tokens": int(total["response_tokens"])}
 
     def _not_finite(self, reports: Any, batches: list[DistillationBatch]) -> str | None:
-        """In words, the first micro-batch of this rank whose loss is not finite."""
+        """In words, the first micro-batch of this rank whose loss is not finite, and a token there that makes it so."""
         if math.isfinite(self.step_metrics["loss"]) or not parallel_state.is_pipeline_last_stage():
             return None
-        for batch, loss in zip(batches, reports["loss"].tolist(), strict=True):
+        group = parallel_state.get_context_parallel_group()
+        places: list[Any] = [None] * group.size()  # each rank's, of its own tokens; -1 where it has none
+        dist.all_gather_object(places, reports["broken"].tolist(), group=group)
+        for batch, loss, broken in zip(batches, reports["loss"].tolist(), zip(*places, strict=True), strict=True):
             if not math.isfinite(loss):
-                return f"loss {loss} in the micro-batch of samples {batch.micro_batch['sample_index'].tolist()}"
+                samples = batch.micro_batch["sample_index"].tolist()
+                where = f"loss {loss} in the micro-batch of samples {samples}"
+                row, position = min((place for place in broken if place[0] >= 0), default=(-1, -1))
+                if row < 0:
+                    return where
+                why = "; infinite: one model excludes a token that the other needs" if math.isinf(loss) else ""
+                return f"{where}: sample {samples[row]}, token {position}{why}"
         return None
 
     def _response_lengths(self, responses: list[Response]) -> dict[str, float]:

@@ -130,8 +130,8 @@ def divergence_sums(head: Head, softmax: SoftmaxSums, config: ObjectiveConfig, t
     return all_reduce(sums, dist.ReduceOp.SUM, tp_group)
 
 
-def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor]:
-    """(what the backward needs, `Metrics` and the extra terms in a row, number of sequences)."""
+def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor, Tensor]:
+    """(what the backward needs, `Metrics` and the extra terms in a row, number of sequences, a broken token)."""
     config, arithmetic, tp_group = call.objective.config, call.objective.arithmetic, call.tp_group
     softmax = softmax_sums(head, tp_group)
     entropies = softmax.entropy()
@@ -143,9 +143,12 @@ def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor]:
     sums = divergence_sums(head, softmax, config, tp_group)
     divergences = divergence(config).value(sums)
     extra = extra_terms(TokenStatistics(entropies[0], divergences, entropies[1]), weights.response, config)
+    # Not by multiplying with zero: the divergence of a token without weight may be infinite.
+    direct = torch.where(weights.direct != 0, weights.direct * divergences, 0)
+    broken = call.layout.first_place(~(direct + entropies.sum(0)).isfinite(), call.index)
     student_entropy, teacher_entropy = (weights.response * entropies).sum(-1)
     values = Metrics(
-        direct=(weights.direct * divergences).sum(),
+        direct=direct.sum(),
         indirect=(weights.indirect[opener] * ranking_loss).sum(),
         entropy=(weights.entropy * entropies[0]).sum(),
         student_entropy=student_entropy,
@@ -166,7 +169,7 @@ def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor]:
         columns=found.columns,
         columns_grad=config.indirect_kd_alpha * weights.indirect[opener, None] * columns_grad,
     )
-    return saved, metrics, tokens.num_sequences
+    return saved, metrics, tokens.num_sequences, broken
 
 
 def split_metrics(metrics: Tensor) -> tuple[Metrics, tuple[Tensor, ...]]:
@@ -209,12 +212,12 @@ def _full_precision(tensor: Tensor) -> torch.autocast:
 
 
 class Objective(torch.autograd.Function):
-    """(loss_sum, metrics, num_sequences) of a head's tensors."""
+    """(loss_sum, metrics, num_sequences, a broken token) of a head's tensors."""
 
     @staticmethod
     def forward(ctx, call: Call, head: Head, *tensors: Tensor):
         with _full_precision(tensors[0]):
-            saved, metrics, num_sequences = evaluate(head.bind(*tensors), call)
+            saved, metrics, num_sequences, broken = evaluate(head.bind(*tensors), call)
         # The teacher's too: autograd frees what it saved with the backward, and finds what was changed before it.
         ctx.save_for_backward(*tensors)
         ctx.head, ctx.state, ctx.config = head.bind(*(t.new_empty(0) for t in tensors)), saved, call.objective.config
@@ -225,8 +228,8 @@ class Objective(torch.autograd.Function):
             + config.entropy_weight * terms.entropy
             + sum(weight * value for weight, value in zip(config.extra_terms.values(), extra, strict=True))
         )
-        ctx.mark_non_differentiable(metrics, num_sequences)
-        return loss_sum, metrics, num_sequences
+        ctx.mark_non_differentiable(metrics, num_sequences, broken)
+        return loss_sum, metrics, num_sequences, broken
 
     @staticmethod
     @torch.autograd.function.once_differentiable

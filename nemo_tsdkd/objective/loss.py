@@ -158,12 +158,13 @@ def _call(
 
 
 def _run(call: Call, head: Head) -> ObjectiveOutput:
-    loss_sum, values, num_sequences = Objective.apply(call, head, *head.tensors)
+    loss_sum, values, num_sequences, broken = Objective.apply(call, head, *head.tensors)
     (metrics, extra), count = split_metrics(values), num_sequences.clamp(min=1)
     return ObjectiveOutput(
         loss=loss_sum / count,
         loss_sum=loss_sum,
         num_sequences=num_sequences,
+        broken=broken,
         direct=metrics.direct / count,
         indirect=metrics.indirect / count,
         entropy=metrics.entropy / count,

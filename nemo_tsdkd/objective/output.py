@@ -34,6 +34,9 @@ class ObjectiveOutput:
         loss: scalar with gradient, `loss_sum / num_sequences`; zero where no sequence has a response.
         loss_sum: scalar with gradient, the sum over sequences of all terms by their weights (eq. 1).
         num_sequences: int64 scalar, sequences with at least one response token.
+        broken: int64 [2], the first token, by its sequence in the call and its position there (prompt included), whose
+            divergence or entropy is infinite or NaN; -1, -1 where there is none. Under context parallelism, of this
+            rank's tokens. A KL is infinite where one model excludes (-inf) a token that the other needs.
         direct, indirect, entropy: detached scalars, each term before its weight, mean over sequences.
         metrics: detached scalars by name: the fields of `Metrics`, and the terms of `objective.extra_terms`.
     """
@@ -41,6 +44,7 @@ class ObjectiveOutput:
     loss: Tensor
     loss_sum: Tensor
     num_sequences: Tensor
+    broken: Tensor
     direct: Tensor
     indirect: Tensor
     entropy: Tensor

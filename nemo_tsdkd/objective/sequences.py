@@ -80,6 +80,14 @@ class SequenceLayout:
         at = self.sequence[place], self.position[place]
         return Tokens(student[place], teacher[place], *at, response[place].bool()), place
 
+    def first_place(self, chosen: Tensor, index: Tensor) -> Tensor:
+        """(sequence, position) [2] of the first of this rank's n tokens that is `chosen` [n]; -1, -1 if none is."""
+        places = torch.stack([self.sequence, self.position]).unflatten(1, (group_size(self.cp_group), -1))
+        sequence, position = places[:, group_rank(self.cp_group)][:, index]
+        none = sequence.new_full((1,), 2**62)
+        key = torch.cat([torch.where(chosen, sequence << 32 | position, 2**62), none]).min()
+        return torch.where(key == none, -1, torch.stack([key >> 32, key & (2**32 - 1)]))
+
     def local(self, values: Tensor, place: Tensor, index: Tensor) -> Tensor:
         """This rank's part [m, n] of values [m, tokens] that belong to gather()'s tokens."""
         dense = values.new_zeros((len(values), len(self.sequence)))

@@ -89,11 +89,13 @@ class Divergence(Protocol):
 def _kl_sums_(log_p: Tensor, log_q: Tensor) -> Tensor:
     """sum_v p_v (log p_v - log q_v) and sum_v (q_v - p_v), [2, n]; their sum is KL(p||q).
 
-    The second is zero but for rounding: it takes back what an error in either normaliser adds to the first.
+    The second is zero but for rounding: it takes back what an error in either normaliser adds to the first. The first
+    is infinite where p has a token, however unlikely, that q excludes.
     """
     p = log_p.exp()
+    excluded = (p * (log_q < FLOOR / 2)).sum(-1)
     rest = log_q.exp().sub_(p).sum(-1)
-    return torch.stack([p.mul_(log_p.sub_(log_q)).sum(-1), rest])
+    return torch.stack([p.mul_(log_p.sub_(log_q)).sum(-1).masked_fill_(excluded > 0, math.inf), rest])
 
 
 class ForwardKL:

@@ -1,6 +1,7 @@
 """What a run must never do: train the teacher, save it, go on after a NaN, or die with unsaved steps."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -91,7 +92,8 @@ def test_a_nan_stops_every_rank_and_says_where(world_size, parallel, root, tmp_p
     config.checkpoint.every_n_steps = 1
     errors = ranks.run_ranks(train_with_nan, world_size, config)
     assert all("step 2: " in e and "loss = nan" in e for e in errors), errors
-    assert all("(rank " in e and "in the micro-batch of samples [" in e for e in errors), errors
+    where = r"\(rank \d: loss nan in the micro-batch of samples \[(\d+, )*\d+\]: sample \d+, token \d+\)"
+    assert all(re.search(where, e) for e in errors), errors
     assert newest_whole(tmp_path) == step_folder(tmp_path, 1)
 
 

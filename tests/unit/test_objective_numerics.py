@@ -1,5 +1,7 @@
 """Extreme logits give finite losses and gradients; broken ones are never hidden."""
 
+import math
+
 import objective_cases as cases
 import oracle
 import pytest
@@ -45,13 +47,18 @@ def call(student, teacher, config, mask=None):
 @pytest.mark.parametrize("extreme", EXTREMES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_extreme_logits_stay_finite(name, extreme, dtype):
-    if extreme == "dead_in_teacher" and name in ("reverse_kl", "beta_1") and dtype == torch.float16:
-        pytest.skip("KL(s||t) is infinite here; its stand-in of 1e30 is finite in every dtype but fp16")
+    excluded = {"dead_in_teacher": ("reverse_kl", "beta_1"), "dead_below_top_k": ("forward_kl", "beta_0")}
+    infinite = name in excluded.get(extreme, ())
     x = Case().tensors(torch.float64)
     student, teacher = (z.to(dtype) for z in EXTREMES[extreme](x["student"], x["teacher"]))
     out, grad = call(student, teacher, CONFIGS[name])
+    assert out.loss.isinf() if infinite else out.loss.isfinite()
+    if infinite:
+        assert out.broken.tolist() == [0, 0]
+        return
     assert grad.dtype == dtype and grad.isfinite().all()
-    assert out.loss.isfinite() and all(value.isfinite() for value in out.metrics.values())
+    assert all(value.isfinite() for value in out.metrics.values())
+    assert out.broken.tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize("dead", ["student", "teacher", "both"])
@@ -72,6 +79,33 @@ def test_columns_of_minus_infinity_are_as_if_absent(dead):
     loss.backward()
     assert cases.error(out.loss_sum.detach(), loss.detach()) < 1e-10
     assert cases.error(grad[..., kept], z.grad / case.batch) < 1e-10
+
+
+@pytest.mark.parametrize("probability", [0.5, 1e-38], ids=["likely", "unlikely"])
+@pytest.mark.parametrize(("preset", "excluding"), [("forward_kl", "student"), ("reverse_kl", "teacher")])
+def test_a_divergence_that_is_infinite_is_so_and_names_its_token(preset, excluding, probability):
+    """One model excludes a token to which the other gives a probability, at one position of the second sequence."""
+    case = Case(ObjectiveConfig(preset=preset), longest_prompt=0)
+    x = case.tensors(torch.float32)
+    needing = "teacher" if excluding == "student" else "student"
+    position = int(x["mask"][:, 1].nonzero()[2])
+    x[excluding][position, 1, 5] = -INF
+    x[needing][position, 1] = 0.0
+    x[needing][position, 1, 5] = math.log(probability * 40)
+    out, _ = call(x["student"], x["teacher"], case.config, x["mask"])
+    assert out.loss == INF and out.broken.tolist() == [1, position]
+    x["mask"][position, 1] = False
+    out, grad = call(x["student"], x["teacher"], case.config, x["mask"])
+    assert out.loss.isfinite() and grad.isfinite().all() and out.broken.tolist() == [-1, -1]
+
+
+def test_packed_sequences_name_a_broken_token_by_sequence_and_position():
+    case = Case(steps=24, batch=1, cu_seqlens=(0, 10, 10, 20, 24), longest_prompt=0)
+    x = case.tensors(torch.float32)
+    x["mask"][13] = True
+    x["teacher"][13, 0, 3] = float("nan")
+    out = tsdkd_loss(x["student"], x["teacher"], x["mask"], case.config, cu_seqlens=torch.tensor(case.cu_seqlens))
+    assert out.loss.isnan() and out.broken.tolist() == [2, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
