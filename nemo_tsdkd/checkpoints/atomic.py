@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
-from nemo_tsdkd.config.validation import UserError
+from nemo_tsdkd.config.validation import UserError, is_of_the_host
+
+_PROBE = 1 << 20  # bytes
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -45,6 +49,46 @@ def appearing_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    """Say so where the folder's disk is full or over its quota: what libraries raise then has often no word of it.
+
+    Raises:
+        OSError: what the disk answers, in place of the error it led to.
+    """
+    try:
+        yield
+    except BaseException as error:  # torch derives CheckpointException from it
+        if isinstance(error, UserError | KeyboardInterrupt | SystemExit):
+            raise
+        probe = folder / f".probe_{socket.gethostname()}_{os.getpid()}"
+        try:
+            probe.write_bytes(bytes(_PROBE))
+        except OSError as full:
+            raise OSError(full.errno, full.strerror, str(folder)) from error
+        finally:
+            with suppress(OSError):
+                probe.unlink(missing_ok=True)
+        raise
+
+
+def require_creatable(name: str, folder: Path) -> None:
+    """Raise UserError unless `folder`, the value of the option or field `name`, is or can become one to write to."""
+    shown = f"{name} = {str(folder)!r}"
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except (OSError, ValueError) as error:  # a name too long; a zero byte
+        raise UserError(f"{shown}: cannot be a folder's name ({error}). Choose another.") from error
+    if not there.is_dir():
+        raise UserError(f"{shown}: {there} is not a folder. Choose another place.")
+    try:
+        TemporaryFile(dir=there).close()  # not os.access, which tells root of no mount that is read-only
+    except OSError as error:
+        if is_of_the_host(error):
+            raise
+        raise UserError(f"{shown}: {there} cannot be written to ({error.strerror}). Choose another place.") from error
+
+
 def sync(path: Path) -> None:
     """Wait until the file's content, or the folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -57,8 +101,10 @@ def sync(path: Path) -> None:
 def read_json(path: Path) -> dict:
     """The object in a JSON file; UserError with the file's name where it is none."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # the second: bytes, syntax, numbers of 5,000 digits
+        if is_of_the_host(error):
+            raise
         raise UserError(f"{path}: not readable as JSON ({error}).") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds {type(value).__name__}, not a JSON object.")

@@ -1,8 +1,8 @@
 """A checkpoint is whole or absent: folders that appear in one step, manifests that prove every byte.
 
-A conversion is written beside its place and renamed there. A training checkpoint is written by many ranks into its
-final place; its manifest, written last, lists the size and digest of every file. A folder without a manifest, or one
-whose files disagree with it, does not count.
+A conversion is written beside its place, sealed with a manifest and renamed there. A training checkpoint is written by
+many ranks into its final place; its manifest, written last, lists the size and digest of every file. A folder without
+a manifest, or one whose files disagree with it, does not count.
 """
 
 from __future__ import annotations
@@ -49,23 +49,25 @@ def first_whole(candidates: Sequence[Path], damage_of: Callable[[Path], str | No
     return None
 
 
-def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+def find_damage(folder: Path, part: int = 0, parts: int = 1, deep: bool = True) -> str | None:
     """What is wrong with a checkpoint, in words; None where it is whole. Reads all of it, several files at once.
 
-    Of several `parts`, each reads the content of its share of the files.
+    Of several `parts`, each reads the content of its share of the files. Not `deep`: names and sizes only.
     """
     if not has_manifest(folder):
         return "it was not written to its end (no manifest)"
     try:
         entries = json.loads((folder / MANIFEST).read_text())
-        return _find_change(folder, dict(sorted(entries.items())[part::parts]))
+        if not entries:
+            return "its manifest lists no file"
+        return _find_change(folder, dict(sorted(entries.items())[part::parts]), deep)
     except (ValueError, KeyError, TypeError, AttributeError):
         return "its manifest cannot be read"
     except OSError as error:  # a bad disk is no reason to give up the checkpoints before
         return f"it cannot be read ({error})"
 
 
-def _find_change(folder: Path, entries: dict[str, Any]) -> str | None:
+def _find_change(folder: Path, entries: dict[str, Any], deep: bool) -> str | None:
     expected = {name: (entry["size"], entry["xxh3_128"]) for name, entry in entries.items()}
     for name, (size, _) in expected.items():
         path = folder / name
@@ -73,6 +75,8 @@ def _find_change(folder: Path, entries: dict[str, Any]) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    if not deep:
+        return None
     for name, value in zip(expected, digests([folder / name for name in expected]), strict=True):
         if value != expected[name][1]:
             return f"the content of {name} has changed"
@@ -107,6 +111,11 @@ def write_manifest(folder: Path, entries: dict[str, dict[str, int | str]]) -> No
     for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder, folder.parent]:
         sync(path)
     write_whole(folder / MANIFEST, json.dumps(entries, indent=1, sort_keys=True).encode())
+
+
+def seal_folder(folder: Path) -> None:
+    """Declare a folder whole that this process alone wrote: an import or an export. Reads it once."""
+    write_manifest(folder, describe(folder, contents(folder)))
 
 
 def folders(run_dir: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import xxhash
 
 from nemo_tsdkd.checkpoints.atomic import read_json
 from nemo_tsdkd.checkpoints.hf_config import check_config
-from nemo_tsdkd.checkpoints.manifest import digests
+from nemo_tsdkd.checkpoints.manifest import MANIFEST, digests
 from nemo_tsdkd.checkpoints.transformers5 import AS_WRITTEN
 from nemo_tsdkd.config.validation import UserError
 
@@ -79,5 +79,5 @@ def _assets(folder: Path) -> list[Path]:
     return [
         p
         for p in sorted(folder.iterdir())
-        if p.is_file() and p.suffix in _ASSET_SUFFIXES and not p.name.endswith(".index.json")
+        if p.is_file() and p.suffix in _ASSET_SUFFIXES and p.name != MANIFEST and not p.name.endswith(".index.json")
     ]

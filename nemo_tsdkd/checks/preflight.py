@@ -17,11 +17,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from pathlib import Path
 
 from nemo_tsdkd.checks import probes
 from nemo_tsdkd.checks.precision import check_engine
 from nemo_tsdkd.checks.setup import check_fields, check_files, check_ranks
+from nemo_tsdkd.checks.start import check_start
 from nemo_tsdkd.config.compose import add_config_arguments, config_from
 from nemo_tsdkd.config.schema import TrainConfig
 from nemo_tsdkd.distributed.launch import Launch, environment, hosts
@@ -47,13 +47,14 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="nemo-tsdkd preflight", description="Name the node that would spoil a job.")
     add_config_arguments(parser)
     parser.add_argument("--allow-cpu", action="store_true", help="accept ranks without a GPU")
+    parser.add_argument("--deep", action="store_true", help="read the models' weights and compare their digests")
     parser.add_argument("--timeout", type=float, default=120, help="seconds to wait for any rank (default: 120)")
     args = parser.parse_intermixed_args(argv)
     config = config_from(args)
     place = environment()
     check_fields(config)
     check_ranks(config, place.world_size)
-    errors = Preflight(config, place, args.timeout, args.allow_cpu).run()
+    errors = Preflight(config, place, args.timeout, args.allow_cpu, args.deep).run()
     for line in errors:
         print(f"preflight: FAILED: {line}", flush=True)
     if not errors and place.rank == 0:
@@ -64,22 +65,23 @@ def main(argv: Sequence[str]) -> None:
 class Preflight:
     """The checks in order: each node for itself, then the files they share, then the network between them."""
 
-    def __init__(self, config: TrainConfig, place: Launch, timeout: float, allow_cpu: bool) -> None:
-        self.config, self.place, self.timeout, self.allow_cpu = config, place, timeout, allow_cpu
+    def __init__(self, config: TrainConfig, place: Launch, timeout: float, allow_cpu: bool, deep: bool = False) -> None:
+        self.config, self.place, self.timeout, self.allow_cpu, self.deep = config, place, timeout, allow_cpu, deep
         host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
         self.finding = Finding(host, place.rank, installed_versions())
 
     def run(self) -> list[str]:
         """Errors found: on rank 0 those of all ranks, elsewhere this rank's own or a pointer to rank 0's report."""
-        from torch.distributed import DistStoreError, TCPStore
+        from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
         address, port = self.place.master_addr, self.place.master_port
         wait = timedelta(seconds=self.timeout)
         try:
             self.store = TCPStore(address, port, is_master=self.place.rank == 0, wait_for_workers=False, timeout=wait)
             return self._groups()
-        except (DistStoreError, OSError) as error:
-            return [f"{self.finding.host} (rank {self.place.rank}): lost rank 0 at {address}:{port}: {error}"]
+        except (DistNetworkError, DistStoreError, OSError) as error:
+            said = " ".join(str(error).split())
+            return [f"{self.finding.host} (rank {self.place.rank}): lost rank 0 at {address}:{port}: {said:.200}"]
 
     def _groups(self) -> list[str]:
         self._try(self._check_node, "node")
@@ -107,8 +109,7 @@ class Preflight:
         if self.place.local_rank == 0:  # the node's other ranks see the same disks
             shapes = check_files(self.config)
             probes.check_gpu_memory(self.config, shapes)
-            for model in (self.config.student, self.config.teacher):
-                probes.check_weights(Path(model.path))
+            check_start(self.config, shapes, self.deep)
 
     def _try(self, check: Callable[[], None], what: str) -> None:
         """Run a check unless an earlier one failed; note its error, or that it hung."""

@@ -1,4 +1,4 @@
-"""The single checks of `nemo-tsdkd preflight`: versions, GPU, weights, shared folder, network. No NeMo, no Megatron."""
+"""The single checks of `nemo-tsdkd preflight`: versions, GPU, shared folder, network. No NeMo, no Megatron."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from nemo_tsdkd.checkpoints.atomic import read_json
-from nemo_tsdkd.checkpoints.model_folder import is_nemo_checkpoint
 from nemo_tsdkd.checkpoints.shape import ModelShape
 from nemo_tsdkd.checks.memory import GIB, per_gpu
 from nemo_tsdkd.config.schema import TrainConfig
@@ -75,30 +73,6 @@ def check_gpu_memory(config: TrainConfig, shapes: dict[str, ModelShape]) -> None
             f"weights, gradients and optimizer need {need / GIB:.1f} GiB a GPU, it has {have / GIB:.1f}. "
             "Raise TP or PP, or add nodes."
         )
-
-
-def check_weights(folder: Path) -> None:
-    """Open every weight file of a model folder far enough to see that it is whole; reads no tensor.
-
-    Raises:
-        UserError: a file is missing, empty or cut short.
-    """
-    again = "Download or import the model again."
-    if is_nemo_checkpoint(folder):
-        files = list((folder / "weights").glob("*.distcp"))
-        if not files or any(path.stat().st_size == 0 for path in files):
-            raise UserError(f"{folder / 'weights'}: .distcp files are missing or empty. {again}")
-        return
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    names = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    for path in sorted(folder / name for name in names):
-        try:
-            with safe_open(path, "numpy"):  # compares the file's size with its header
-                pass
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: {error}. {again}") from None
 
 
 class Canary:

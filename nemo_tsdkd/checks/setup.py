@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nemo_tsdkd.checkpoints.atomic import read_json
+from nemo_tsdkd.checkpoints.foreign import require_harmless
+from nemo_tsdkd.checkpoints.hf_config import check_config
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint, require_importable
 from nemo_tsdkd.checkpoints.shape import ModelShape
 from nemo_tsdkd.checks.precision import check_names, check_shapes
@@ -37,6 +40,7 @@ def check_files(config: TrainConfig) -> dict[str, ModelShape]:
         if _require_model(which, path):
             shapes[which] = shape = ModelShape.of_folder(path)
             check_model_fits(shape, config.parallel, which)
+            check_length(path, config, which)
             config.objective.validate_vocabulary(shape.vocab)
     check_data(config.data)
     if len(shapes) == 2:
@@ -84,14 +88,31 @@ def check_model_fits(shape: ModelShape, parallel: ParallelConfig, which: str) ->
             )
 
 
+def check_length(path: Path, config: TrainConfig, which: str) -> None:
+    """Raise UserError where sequences may be longer than a model's positions go."""
+    inside = HF_ASSETS if is_nemo_checkpoint(path) else ""
+    positions = read_json(path / inside / "config.json").get("max_position_embeddings")
+    if isinstance(positions, int) and config.data.seq_length > positions:
+        raise UserError(
+            f"data.seq_length = {config.data.seq_length}: must not exceed the {which}'s max_position_embeddings = "
+            f"{positions}. Lower it, or choose a model for longer texts."
+        )
+
+
 def _require_model(which: str, path: Path) -> bool:
     """Raise UserError unless `path` is a model to read; else whether it keeps a config.json, as all do but NeMo
     checkpoints from elsewhere."""
     if is_nemo_checkpoint(path):
-        return (path / HF_ASSETS).is_dir()
+        require_harmless(path)
+        if not (path / HF_ASSETS).is_dir():
+            return False
+        config = path / HF_ASSETS / "config.json"
+        check_config(read_json(config), config)
+        return True
     if not path.is_dir():
         raise UserError(
             f"{which}.path = {str(path)!r}: no such folder. Give a local Hugging Face folder or a NeMo checkpoint."
         )
+    require_harmless(path)
     require_importable(path)
     return True

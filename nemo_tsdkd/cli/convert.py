@@ -6,13 +6,17 @@ NeMo is imported inside the functions: bad input is told at once.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from nemo_tsdkd.checkpoints.atomic import appearing_folder
-from nemo_tsdkd.checkpoints.manifest import CHECKPOINTS, find_damage, has_manifest, newest_whole
+from nemo_tsdkd.checkpoints.atomic import appearing_folder, full_disk_told, require_creatable
+from nemo_tsdkd.checkpoints.foreign import require_harmless
+from nemo_tsdkd.checkpoints.manifest import CHECKPOINTS, find_damage, has_manifest, newest_whole, seal_folder
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint, require_importable
+from nemo_tsdkd.checkpoints.tensor_files import stored_tensors
 from nemo_tsdkd.config.validation import UserError
+from nemo_tsdkd.distributed.output import libraries_to
 
 
 def import_main(argv: Sequence[str] | None = None) -> None:
@@ -21,9 +25,13 @@ def import_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", type=Path, required=True, help="local Hugging Face folder with safetensors")
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
     args = parser.parse_args(argv)
+    if args.source.is_dir():
+        require_harmless(args.source)
     require_importable(args.source)
-    _require_absent(args.output)
-    with appearing_folder(args.output) as folder:
+    stored_tensors(args.source)
+    if has_manifest(args.source) and (damage := find_damage(args.source)):
+        raise UserError(f"--source = {args.source}: {damage}. Export or copy the model again.")
+    with _output(args.output) as folder:
         from nemo_tsdkd.megatron.checkpoints.convert import import_hf
 
         import_hf(args.source, folder)
@@ -38,12 +46,30 @@ def export_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
     args = parser.parse_args(argv)
     checkpoint = _checkpoint_in(args.checkpoint)
-    _require_absent(args.output)
-    with appearing_folder(args.output) as folder:
+    with _output(args.output) as folder:
         from nemo_tsdkd.megatron.checkpoints.convert import export_hf, export_nemo
 
         (export_hf if args.to == "hf" else export_nemo)(checkpoint, folder)
     print(args.output)
+
+
+@contextmanager
+def _output(target: Path) -> Iterator[Path]:
+    """The folder to fill, which appears as `target` with its manifest; libraries speak into `target`.log, which stays
+    where the work fails.
+
+    Raises:
+        UserError: `target` exists or cannot be made.
+        OSError: its disk is full.
+    """
+    if target.exists():
+        raise UserError(f"--output = {target}: must not exist. Remove it or choose another folder.")
+    require_creatable("--output", target)
+    log = target.with_name(f"{target.name}.log")
+    with libraries_to(log), appearing_folder(target) as folder, full_disk_told(folder):
+        yield folder
+        seal_folder(folder)
+    log.unlink(missing_ok=True)
 
 
 def _checkpoint_in(folder: Path) -> Path:
@@ -55,13 +81,9 @@ def _checkpoint_in(folder: Path) -> Path:
     of_a_run = has_manifest(folder) or (resolved.parent.name == CHECKPOINTS and resolved.name.startswith("step_"))
     if of_a_run and (damage := find_damage(folder)):
         raise UserError(f"--checkpoint = {folder}: {damage}. Choose another checkpoint of the run.")
+    require_harmless(checkpoint)
     if not (checkpoint / HF_ASSETS).is_dir():
         raise UserError(
             f"--checkpoint = {checkpoint}: not written by nemo-tsdkd. Export it with NeMo's llm.export_ckpt."
         )
     return checkpoint
-
-
-def _require_absent(output: Path) -> None:
-    if output.exists():
-        raise UserError(f"--output = {output}: must not exist. Remove it or choose another folder.")

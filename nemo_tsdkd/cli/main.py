@@ -8,10 +8,13 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib import import_module
+from pathlib import Path
 
-from nemo_tsdkd.config.validation import UserError
+from nemo_tsdkd.config.validation import HostError, UserError, is_of_the_host
 from nemo_tsdkd.distributed import launch
 from nemo_tsdkd.distributed.signals import follow_launcher, leave_at_once
 
@@ -22,16 +25,23 @@ def train_main(argv: Sequence[str]) -> None:
     leave_at_once(command, speaks=place.rank == 0)
     follow_launcher()
     from nemo_tsdkd.checks.setup import check_ranks, check_setup
+    from nemo_tsdkd.checks.start import check_start
     from nemo_tsdkd.config.compose import add_config_arguments, config_from
+    from nemo_tsdkd.distributed.output import libraries_to
 
     parser = argparse.ArgumentParser(prog="nemo-tsdkd train")
     add_config_arguments(parser)
     config = config_from(parser.parse_intermixed_args(argv))
-    check_setup(config)
+    shapes = check_setup(config)
     check_ranks(config, place.world_size)
-    from nemo_tsdkd.megatron.train import train
+    check_start(config, shapes)
+    # The scripts of slurm/ give every rank its own log files.
+    log = Path(config.run_dir, "logs", f"rank_{place.rank}.log")
+    with nullcontext() if "SLURM_JOB_ID" in os.environ else libraries_to(log):
+        from nemo_tsdkd.megatron.train import train
 
-    if (stopped := train(config)) is None:
+        stopped = train(config)
+    if stopped is None:
         return
     if place.rank == 0:
         name = signal.Signals(stopped.signum).name
@@ -46,18 +56,24 @@ def check_main(argv: Sequence[str]) -> None:
 
     from nemo_tsdkd.checks.memory import GIB, per_gpu
     from nemo_tsdkd.checks.setup import check_setup
+    from nemo_tsdkd.checks.start import check_start
     from nemo_tsdkd.config.compose import add_config_arguments, config_from
 
     parser = argparse.ArgumentParser(prog="nemo-tsdkd check")
     add_config_arguments(parser)
-    config = config_from(parser.parse_intermixed_args(argv))
+    parser.add_argument("--deep", action="store_true", help="read the models' weights and compare their digests")
+    args = parser.parse_intermixed_args(argv)
+    config = config_from(args)
     shapes = check_setup(config)
+    not_checked = check_start(config, shapes, args.deep)
     print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
     p = config.parallel
     print(
         f"# valid for {p.world_size} ranks: TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size} "
         f"x CP {p.context_parallel_size} x DP {config.data_parallel_size}"
     )
+    for what in not_checked:
+        print(f"# not checked: {what}")
     if len(shapes) == 2:
         print(f"# the fullest GPU needs about {per_gpu(config, **shapes).peak / GIB:.1f} GiB")
 
@@ -82,8 +98,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one sub-command. Bad input ends with one line on stderr and exit status 2; a defect shows its traceback on
-    every rank."""
+    """Run one sub-command. Bad input ends with one line on stderr and exit status 2, what the machine refuses (a full
+    disk, a lost mount, a port in use) with one line and status 1; a defect shows its traceback on every rank."""
     parser = argparse.ArgumentParser(
         prog="nemo-tsdkd",
         description="Token-selective dual knowledge distillation on NeMo and Megatron.",
@@ -98,16 +114,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     speaks = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
     if not (speaks and sys.stderr.isatty()):
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # not one bar a rank, nor one in a log file
+    warnings.filterwarnings("ignore", message="The pynvml package is deprecated")  # torch's import, not the user's
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger("nemo_tsdkd").setLevel(logging.INFO if speaks else logging.WARNING)
     try:
         COMMANDS[args.command][0](args.arguments)
-    except UserError as e:
-        if args.traceback:
+    except (UserError, HostError, OSError) as e:
+        if args.traceback or not (isinstance(e, UserError | HostError) or is_of_the_host(e)):
             raise
         if speaks:
-            print(f"nemo-tsdkd: error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+            said = [str(e), *getattr(e, "__notes__", [])]
+            print(f"nemo-tsdkd: error: {' '.join(' '.join(said).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(e, UserError) else 1)
 
 
 def run() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -49,12 +50,17 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | P
     ConfigStore.instance().store(name="schema", node=TrainConfig)
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
-            composed = compose(name, overrides=[*overrides, f"hydra.searchpath=['file://{CONF}']"])
+            composed = compose(name, overrides=[*map(_quoted, overrides), f"hydra.searchpath=['file://{CONF}']"])
         # Once more onto the dataclasses: Hydra lets `+key=value` through.
         typed = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.to_container(composed, resolve=True))
         if missing := ", ".join(sorted(OmegaConf.missing_keys(typed))):
             raise UserError(f"configuration {name!r} leaves open: {missing}. Give each as key=value.")
         config = OmegaConf.to_object(typed)
+    except OverrideParseException as e:
+        said = f"Error parsing override {e.override!r}: cannot be read as key=value"
+        raise UserError(f"configuration {name!r}: {said}. Put quotes around the value.") from e
+    except (UnicodeDecodeError, RecursionError) as e:
+        raise UserError(f"configuration {name!r}: is no YAML ({e}). Give a text file of fields.") from e
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
         cause = e.__cause__ if isinstance(e.__cause__, OmegaConfBaseException) else e
         lines = [line.strip().replace("full_key:", "at") for line in str(cause).splitlines()]
@@ -65,3 +71,12 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | P
     config.objective.validate_preset(named)
     config.objective = config.objective.resolved()  # what is shown and recorded is what the loss computes
     return config
+
+
+def _quoted(override: str) -> str:
+    """A path as users type it: Hydra's grammar would ask for quotes around letters beyond ASCII, blanks and commas."""
+    key, _, value = override.partition("=")
+    if not key.endswith(("path", "run_dir")) or re.fullmatch(r"[\w./:$}{?~@%+*-]*|(['\"]).*\1", value, re.ASCII):
+        return override
+    escaped = value.replace("'", "\\'")
+    return f"{key}='{escaped}'"

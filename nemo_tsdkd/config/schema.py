@@ -7,9 +7,11 @@ submission can be checked on the login node.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
+from unicodedata import category
 
 from nemo_tsdkd.config import validation
 
@@ -319,10 +321,12 @@ class TrainConfig:
         Not here: selection rules (their registry), precisions (`checks/precision.py`) and what the models allow
         (`checks/setup.py`).
         """
-        missing = list(_missing(self))
+        missing = [name for name, value in _leaves(self) if value == MISSING]
         validation.require(
             not missing, ", ".join(missing), MISSING, "must be set", "Give it in the config or as key=value."
         )
+        for name, value in _leaves(self):
+            _check_leaf(name, value)
         validation.positive(self, "", "max_steps", "global_batch_size", "micro_batch_size")
         validation.not_negative(self, "", "seed")
         parts = (self.teacher, self.objective, self.data, self.rollout, self.parallel, self.optim, self.checkpoint)
@@ -406,11 +410,24 @@ class TrainConfig:
         validation.multiple_of("global_batch_size", self.global_batch_size, rows * dp, what)
 
 
-def _missing(node: Any, prefix: str = "") -> Iterator[str]:
-    """Names of the fields that still hold MISSING."""
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of every field that is no section."""
     for f in fields(node):
         value = getattr(node, f.name)
         if is_dataclass(value):
-            yield from _missing(value, f"{prefix}{f.name}.")
-        elif value == MISSING:
-            yield prefix + f.name
+            yield from _leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value
+
+
+def _check_leaf(name: str, value: Any) -> None:
+    """What holds for a field of its kind, whatever it means."""
+    if isinstance(value, float):
+        validation.require(math.isfinite(value), name, value, "must be a finite number", "Give one.")
+    elif isinstance(value, int):
+        validation.require(abs(value) < 2**31, name, value, "must be less than 2^31", "Give a smaller number.")
+    elif isinstance(value, str):
+        readable = not any(category(character) in ("Cc", "Cs") for character in value)  # control, half a surrogate
+        validation.require(readable, name, value, "not text", "Leave out what is no character.")
+        is_path = name.endswith(("path", "_dir"))
+        validation.require(not is_path or bool(value), name, value, "must be a path", "Give one.")

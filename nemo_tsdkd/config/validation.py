@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import numbers
 from collections.abc import Sequence
@@ -16,6 +17,20 @@ class UserError(ValueError):
 
     Any other exception, a plain ValueError included, is a defect of the program and keeps its traceback.
     """
+
+
+class HostError(RuntimeError):
+    """What the machine refuses: a full disk, a lost mount, a port in use. The command prints its message alone and
+    exits with status 1, by which a job script knows that the same command may succeed on another try."""
+
+
+_OF_THE_HOST = ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "ENODEV", "ENOTCONN", "EADDRINUSE", "ENOMEM", "EMFILE")
+_HOST_ERRNOS = {getattr(errno, name) for name in _OF_THE_HOST}
+
+
+def is_of_the_host(error: BaseException) -> bool:
+    """Whether an error says that a disk, a mount, a port or memory is not there, or no longer."""
+    return isinstance(error, OSError) and error.errno in _HOST_ERRNOS
 
 
 def require(ok: bool, name: str, value: Any, rule: str, fix: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_tsdkd.config.schema import DataConfig
 from nemo_tsdkd.config.validation import UserError
-from nemo_tsdkd.data.source import check_data
-from nemo_tsdkd.data.tokenizer import Vocabulary, response_text
+from nemo_tsdkd.data.rows import encode_row, require_template
+from nemo_tsdkd.data.source import check_data, data_files
+from nemo_tsdkd.data.tokenizer import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -61,14 +61,11 @@ class PromptDataset(Dataset[Sample]):
             UserError: no such file or hub data set, a bad row (with file and line), a tokenizer without chat
                 template, or no usable row.
         """
-        if config.apply_chat_template and tokenizer.chat_template is None:
-            raise UserError(
-                "data.apply_chat_template = True: the tokenizer has no chat template. Set it to false for a base model."
-            )
+        require_template(config, tokenizer)
         encoded = datasets.concatenate_datasets(
             [
                 rows.map(
-                    _encode,
+                    encode_row,
                     with_indices=True,
                     fn_kwargs=dict(source=source, config=config, tokenizer=tokenizer, vocabulary=vocabulary),
                     remove_columns=rows.column_names,
@@ -142,14 +139,10 @@ class EpochOrder(Dataset[Sample]):
 def _open(config: DataConfig) -> list[tuple[str, datasets.Dataset]]:
     """(name for messages, first `limit` rows) of each file of `data.path`, or of the hub data set."""
     check_data(config)
-    path = Path(config.path)
-    files = sorted(f for f in path.iterdir() if f.suffix in (".jsonl", ".parquet")) if path.is_dir() else [path]
-    if path.is_file() or path.is_dir():
-        parts = [(str(file), _read_file(file)) for file in files]
+    if Path(config.path).exists():
+        parts = [(str(file), _read_file(file)) for file in data_files(config)]
     else:
         parts = [(config.path, _read_hub(config))]
-    if not parts:
-        raise UserError(f"data.path = {config.path!r}: the folder holds no .jsonl or .parquet file.")
     left = config.limit if config.limit is not None else sum(len(rows) for _, rows in parts)
     taken = []
     for source, rows in parts:
@@ -161,11 +154,9 @@ def _open(config: DataConfig) -> list[tuple[str, datasets.Dataset]]:
 def _read_file(path: Path) -> datasets.Dataset:
     if path.suffix == ".parquet":
         builder: dict[str, Any] = {"path": "parquet"}
-    elif path.suffix == ".jsonl":
+    else:
         # As text: `json` guesses types (a prompt that is a date becomes a timestamp) and forgets line numbers.
         builder = {"path": "text", "features": datasets.Features(text=datasets.Value("string"))}
-    else:
-        raise UserError(f"data.path = {str(path)!r}: a file must end in .jsonl or .parquet. Rename or convert it.")
     try:
         return datasets.load_dataset(**builder, data_files=str(path), split="train")
     except (datasets.exceptions.DatasetGenerationError, ValueError) as e:
@@ -183,70 +174,3 @@ def _read_hub(config: DataConfig) -> datasets.Dataset:
             f"data set that the hub gives out ({e}). "
             "Check the name, or download it first and give the .jsonl or .parquet file."
         ) from e
-
-
-def _encode(
-    row: dict[str, Any],
-    index: int,
-    *,
-    source: str,
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    vocabulary: Vocabulary | None,
-) -> dict[str, Any]:
-    is_json = source.endswith(".jsonl")
-    where = f"{source}, {'line' if is_json else 'row'} {index + 1}"
-    if is_json:
-        row = _parse_line(row["text"], where)
-    column = config.prompt_column
-    if column == "prompt" and "prompt" not in row and "instruction" in row:
-        column = "instruction"  # as half of the public instruction data calls its prompts
-    prompt = _text(row, column, where)
-    if config.apply_chat_template:
-        message = {"role": "user", "content": prompt}
-        prompt_ids = tokenizer.apply_chat_template([message], add_generation_prompt=True)
-    else:
-        prompt_ids = tokenizer(prompt)["input_ids"]
-    response_ids = _response_ids(row, config, tokenizer, vocabulary, where) if vocabulary else []
-    return {"prompt": prompt, "prompt_ids": prompt_ids, "response_ids": response_ids}
-
-
-def _response_ids(
-    row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, where: str
-) -> list[int]:
-    if "response_ids" in row:
-        return vocabulary.first_response(_written_ids(row, config, tokenizer, where))
-    text = _text(row, config.response_column, where)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return vocabulary.first_response([*ids, tokenizer.eos_token_id])
-
-
-def _written_ids(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
-    """The tokens that `nemo-tsdkd generate` sampled: a truncated response has no EOS, and the text, tokenized anew,
-    may be cut in other places."""
-    ids = row["response_ids"]
-    if response_text(tokenizer, ids) != row.get(config.response_column):
-        raise UserError(
-            f"{where}: response_ids are not the tokens of {config.response_column!r} for this tokenizer. "
-            "Remove the column, so that the text is tokenized."
-        )
-    return ids
-
-
-def _parse_line(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{where}: not JSON ({e}). Each line must hold one JSON object.") from e
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: holds a {type(row).__name__}. Each line must hold one JSON object.")
-    return row
-
-
-def _text(row: dict[str, Any], column: str, where: str) -> str:
-    if column not in row:
-        raise UserError(f"{where}: no column {column!r} among {sorted(row)}. Set data.prompt_column/response_column.")
-    value = row[column]
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {column} = {value!r:.80}: must be text and not empty. Correct or remove the row.")
-    return value

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nemo_tsdkd.checkpoints.atomic import read_json
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS
 from nemo_tsdkd.checkpoints.run_record import content_digest
 from nemo_tsdkd.checkpoints.transformers5 import readable_folder
@@ -27,17 +28,23 @@ class Vocabulary:
         """That of the tokenizer in `path`: responses end with its EOS or with one of `generation_config.json`.
 
         Raises:
-            UserError: it has no EOS.
+            UserError: it has no EOS, or the file names one that it does not have.
         """
         if tokenizer.eos_token_id is None:
             raise UserError(f"{path}: its tokenizer has no EOS token, so no response could end. Set eos_token.")
         ids = [tokenizer.eos_token_id]
         folder = tokenizer_folder(path)
         if (folder / "generation_config.json").exists():
-            extra = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+            extra = read_json(folder / "generation_config.json").get("eos_token_id")
             ids += extra if isinstance(extra, list) else [extra]
         eos_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
-        return cls(size=1 + max(tokenizer.get_vocab().values()), pad_id=eos_ids[0], eos_ids=eos_ids)
+        size = 1 + max(tokenizer.get_vocab().values())
+        if bad := [i for i in eos_ids if type(i) is not int or not 0 <= i < size]:
+            raise UserError(
+                f"{folder}/generation_config.json: eos_token_id = {bad[0]!r}: must be one of the tokenizer's {size} "
+                "ids. Correct or remove it."
+            )
+        return cls(size=size, pad_id=eos_ids[0], eos_ids=eos_ids)
 
     def require_rows(self, **models: int) -> None:
         """Raise UserError unless each model, by its name, has a row for every id: padding would be trained as text.
@@ -76,8 +83,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     with readable_folder(folder) as readable:
         try:
             return AutoTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as e:
-            reason = f"{str(e).splitlines()[0]:.120}"  # transformers lists every model type it knows
+        except Exception as e:  # transformers' own errors are of every class, tokenizers' of none
+            reason = f"{' '.join(str(e).split()):.160}"  # transformers lists every model type it knows
             raise UserError(
                 f"{folder}: has no tokenizer that transformers can load ({reason}). Copy the model's tokenizer into it."
             ) from e

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from nemo_tsdkd.config.validation import UserError
+from nemo_tsdkd.config.validation import HostError, UserError, is_of_the_host
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # as Megatron's own groups have
 LONG_TIMEOUT = timedelta(days=1)
@@ -25,16 +25,34 @@ Result = TypeVar("Result")
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Let the ranks meet: they have imports and a resume to settle before Lightning, which goes on with the group."""
+    """Let the ranks meet: they have imports and a resume to settle before Lightning, which goes on with the group.
+
+    Raises:
+        HostError: the port is taken, or rank 0 is not there.
+    """
     if dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    with meeting():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT)
     yield
     dist.barrier()  # not after an error: the others may be waiting in another collective
     dist.destroy_process_group()
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Raise HostError, with the address, where the ranks cannot meet at MASTER_ADDR:MASTER_PORT."""
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise HostError(
+            f"MASTER_ADDR:MASTER_PORT = {address}: the ranks cannot meet there ({str(error).splitlines()[0]:.160}). "
+            "Choose another MASTER_PORT, or try again."
+        ) from error
 
 
 def long_timeout_group() -> ProcessGroup:
@@ -46,7 +64,7 @@ def rank_zero_first(work: Callable[[], Result]) -> Result:
     """Do `work` on rank 0 and then on all others, which find in a cache on a shared disk what it left. Collective.
 
     Raises:
-        UserError, RuntimeError: as `from_rank_zero`.
+        UserError, HostError, RuntimeError: as `from_rank_zero`.
     """
     done: list[Result] = []
     from_rank_zero(lambda: done.append(work()))
@@ -57,7 +75,7 @@ def from_rank_zero(work: Callable[[], Result]) -> Result:
     """Do `work` on rank 0, however long it takes, and return its result on every rank. Collective.
 
     Raises:
-        UserError, RuntimeError: what rank 0 met, on every rank; the second for any error but a user's.
+        UserError, HostError, RuntimeError: what rank 0 met, on every rank; the last for any other error.
     """
     if not dist.is_initialized():
         return work()
@@ -69,7 +87,8 @@ def from_rank_zero(work: Callable[[], Result]) -> Result:
             outcome[0] = work()
         except Exception as error:
             cause = error
-            outcome[1:] = str(error), UserError if isinstance(error, UserError) else RuntimeError
+            kind = HostError if is_of_the_host(error) else type(error)
+            outcome[1:] = str(error), kind if kind in (UserError, HostError) else RuntimeError
     dist.broadcast_object_list(outcome, src=0, group=group)
     dist.destroy_process_group(group)
     result, message, kind = outcome

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_tsdkd.config.schema import TrainConfig
-from nemo_tsdkd.distributed.groups import COLLECTIVE_TIMEOUT, LONG_TIMEOUT, process_group
+from nemo_tsdkd.distributed.groups import COLLECTIVE_TIMEOUT, LONG_TIMEOUT, meeting, process_group
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def job_groups(config: TrainConfig) -> Iterator[Job]:
             yield Job(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
         return
     assert not dist.is_initialized(), "the sides meet before anything else does"
-    store, rank, world_size = next(iter(dist.rendezvous("env://")))
+    with meeting():
+        store, rank, world_size = next(iter(dist.rendezvous("env://")))
     first = config.student_world_size
     reads_only = rank >= first
     side, members = ("teacher", world_size - first) if reads_only else ("student", first)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from nemo_tsdkd.distributed.launch import by_torchrun
+from nemo_tsdkd.distributed.output import terminal_descriptor
 
 # A cluster's, a user's Ctrl-C, and a terminal that is closed.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -62,7 +63,7 @@ def leave_at_once(command: str, speaks: bool) -> None:
     def leave(signum: int, frame: FrameType | None) -> None:
         if speaks:
             line = f"nemo-tsdkd: {signal.Signals(signum).name}: stopped before the first step of this attempt, nothing "
-            os.write(2, f"{line}to save. Start again with: {command}\n".encode())
+            os.write(terminal_descriptor(), f"{line}to save. Start again with: {command}\n".encode())
         os._exit(128 + signum)
 
     on_stop_signals(leave)

@@ -16,6 +16,10 @@ import nemo.collections.llm  # noqa: E402, F401  the stand-in's second half need
 
 cpu.install_nemo()
 
+from nemo_tsdkd.megatron.checkpoints import unpickling  # noqa: E402
+
+unpickling.install()
+
 gc.freeze()
 atexit.register(gc.unfreeze)  # some libraries take what is never collected for a leak, and say so at the end
 if _collects:

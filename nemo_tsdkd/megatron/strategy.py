@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,8 @@ from nemo import lightning as nl
 from nemo.lightning._strategy_lib import init_model_parallel
 from torch import Tensor
 
+from nemo_tsdkd.checkpoints.foreign import require_harmless
+from nemo_tsdkd.megatron.checkpoints.unpickling import told_in_words
 from nemo_tsdkd.objective import Metrics
 from nemo_tsdkd.rollout.schedule import Response
 
@@ -61,6 +64,16 @@ class TSDKDStrategy(nl.MegatronStrategy):
         """
         metadata = super().sharded_state_dict_metadata
         return metadata | {"distrib_optim_sharding_type": "fully_sharded_model_space"}
+
+    def load_checkpoint(self, checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
+        """NeMo also looks for ModelOpt's state, a pickle: our checkpoints have none.
+
+        Raises:
+            UserError: the checkpoint is damaged or could run code.
+        """
+        require_harmless(Path(checkpoint_path))
+        with told_in_words(Path(checkpoint_path)):
+            return super().load_checkpoint(checkpoint_path, selective_restore)
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any], selective_restore: bool = False) -> None:
         """Adam's moments come from the checkpoint, its settings and the schedule from the configuration: so a run goes

@@ -16,6 +16,7 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from transformers import PreTrainedTokenizerBase
 
+from nemo_tsdkd.checkpoints.atomic import full_disk_told
 from nemo_tsdkd.checkpoints.manifest import step_of
 from nemo_tsdkd.checkpoints.retention import set_aside, was_saved
 from nemo_tsdkd.checkpoints.run_record import RunRecord, open_record, student_digest
@@ -75,7 +76,7 @@ def train(config: TrainConfig) -> Stopped | None:
             checkpoints = RunCheckpoints(run_dir, config.checkpoint, claim, record)
             save_and_stop = SaveAndStop(checkpoints, student, config.rollout.reuse)
             callbacks = [KeepLock(claim), Report(run_dir, config.progress_bar), save_and_stop]
-            with checkpoints.report_full_disk():
+            with full_disk_told(run_dir):
                 build_trainer(config, callbacks).fit(model, datamodule=data, ckpt_path=checkpoint)
             model.teacher.dismiss()
             return save_and_stop.stopped

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nemo_tsdkd.checkpoints.atomic import write_json, write_whole
 from nemo_tsdkd.checkpoints.start_over import METRICS
+from nemo_tsdkd.distributed.output import terminal
 from nemo_tsdkd.objective import Metrics
 
 matplotlib.use("Agg")  # compute nodes have no display
@@ -92,7 +93,7 @@ class _Display:
 
     def __init__(self, total_steps: int, done: int) -> None:
         self.total_steps, self.first, self.start = total_steps, done, time.monotonic()
-        self.console = Console(stderr=True)
+        self.console = Console(file=terminal())
         columns = ("loss {task.fields[loss]:.4f}", "{task.fields[speed]:,.0f} tokens/s", "ETA {task.fields[eta]}")
         self.bar = Progress(
             TextColumn("step"),

@@ -217,10 +217,11 @@ def lose_norms(source: Path, output: Path) -> str:
     return "no error"
 
 
-def test_an_import_that_loses_weights_fails_loudly_and_leaves_nothing(tmp_path):
+def test_an_import_that_loses_weights_fails_loudly_and_leaves_its_log(tmp_path):
     hf = tiny_hf.save_hf(tmp_path / "hf")
     assert "logits differ" in ranks.run_ranks(lose_norms, 1, hf, tmp_path / "nemo", meet=False)[0]
-    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+    assert {p.name for p in tmp_path.iterdir()} == {"hf", "nemo.log"}
+    assert "logits differ" in (tmp_path / "nemo.log").read_text()
 
 
 def load_into_other_shape(checkpoint: Path, change: dict) -> str:

@@ -1,12 +1,16 @@
 """From a path to a NeMo checkpoint: what is imported, once, and what is refused."""
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import ranks
 import tiny_hf
+
+from nemo_tsdkd.checkpoints.manifest import seal_folder
 
 
 def resolve(path: Path, cache_dir: Path) -> str:
@@ -36,8 +40,54 @@ def test_a_failed_import_reaches_every_rank(tmp_path):
     with (hf / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
     for message in ranks.run_ranks(resolve, 2, hf, tmp_path / "cache"):
-        assert message.startswith("RuntimeError") and "the import failed" in message
-    assert list((tmp_path / "cache").iterdir()) == []
+        assert message.startswith("UserError") and "model.safetensors: not a whole safetensors file" in message
+    assert not (tmp_path / "cache").exists()
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def resolve_each(folders: list[Path], cache_dir: Path) -> list[str]:
+    return [resolve(folder, cache_dir) for folder in folders]
+
+
+def test_one_flipped_bit_in_an_import_or_an_export_is_found_by_every_rank(root, tmp_path):
+    whole, flipped, unsealed = (shutil.copytree(root / "student", tmp_path / name) for name in "abc")
+    largest = max((flipped / "weights").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    flip_a_bit(largest)
+    (unsealed / "manifest.json").unlink()
+    exported = shutil.copytree(root / "hf_student", tmp_path / "exported")
+    seal_folder(exported)
+    flip_a_bit(exported / "model.safetensors")
+    found = ranks.run_ranks(resolve_each, 2, [whole, flipped, unsealed, exported], tmp_path / "cache")
+    changed = f"UserError: {flipped}: the content of weights/{largest.name} has changed. Remove it and import the model"
+    for said in found:
+        assert said[0] == str(whole) and said[1].startswith(changed) and said[2] == str(unsealed)
+        assert said[3].startswith("UserError") and "exported: the content of model.safetensors has changed" in said[3]
+
+
+def convert_on_a_small_disk(root: Path, disk: Path) -> list[str]:
+    """What an import into a full disk says, and what it leaves."""
+    from nemo_tsdkd.cli.main import main
+
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], check=True)
+    try:
+        main(["import", "--source", str(root / "hf_student"), "--output", str(disk / "imported")])
+    except SystemExit as end:
+        return [str(end.code), *(path.name for path in disk.iterdir())]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    return []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to mount a file system")
+def test_a_full_disk_under_an_import_is_the_machine_s_fault(root, tmp_path):
+    said = ranks.run_ranks(convert_on_a_small_disk, 1, root, tmp_path / "disk", meet=False)[0]
+    assert said == ["1", "imported.log"]
 
 
 def pickled(folder: Path) -> None:

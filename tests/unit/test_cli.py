@@ -43,7 +43,7 @@ def run(capsys, *argv):
 def overrides(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     tiny_hf.save_hf(folder / "model")
-    (folder / "d.jsonl").touch()
+    (folder / "d.jsonl").write_text('{"prompt": "Ann has 3 boxes", "a b": "Ann"}\n')
     return [
         f"run_dir={folder}/run",
         f"student.path={folder}/model",

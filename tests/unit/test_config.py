@@ -155,7 +155,7 @@ def test_ranks_that_share_no_batch_may_be_any_number():
         ("objective.preset=best", "objective.preset = 'best': must be one of paper, reference"),
         ("objective.head=dense", "objective.head = 'dense': must be one of logits, fused"),
         ("objective.beta=1.01", r"objective.beta = 1.01: must lie in \[0, 1\]"),
-        ("objective.beta=.nan", "objective.beta = nan: must lie"),
+        ("objective.beta=.nan", "objective.beta = nan: must be a finite number"),
         ("objective.beta=1e-8", "objective.beta = 1e-08: so near to 0 .* Use 0"),
         ("objective.beta=0.99999999", "objective.beta = 0.99999999: so near .* Use 1"),
         ("objective.threshold=-0.1", "objective.threshold = -0.1"),

@@ -1,24 +1,25 @@
 """The preflight's checks, one by one, and how ranks report; the Slurm lab runs it whole."""
 
-import json
 import re
 import shutil
+import socket
 import threading
 from importlib.metadata import PackageNotFoundError
 
-import numpy as np
 import pytest
 import ranks
+import tiny_hf
 import torch
-from safetensors.numpy import save_file
 from torch.distributed import HashStore
 
 from nemo_tsdkd.checkpoints.shape import QWEN2_5
 from nemo_tsdkd.checks import probes
 from nemo_tsdkd.checks.memory import GIB
 from nemo_tsdkd.checks.preflight import Finding, Preflight, _grouped, _odd_versions
+from nemo_tsdkd.checks.start import check_weights
 from nemo_tsdkd.config.schema import TrainConfig
-from nemo_tsdkd.config.validation import UserError
+from nemo_tsdkd.config.validation import HostError, UserError
+from nemo_tsdkd.distributed.groups import process_group
 from nemo_tsdkd.distributed.launch import Launch
 from nemo_tsdkd.reporting import provenance
 
@@ -30,13 +31,7 @@ def place(rank, world_size=2, port=0):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A Hugging Face folder as far as the preflight reads it: dimensions, and a file of weights that is whole."""
-    folder = tmp_path_factory.mktemp("model")
-    save_file({"lm_head.weight": np.ones((8, 4), np.float32)}, folder / "model.safetensors")
-    dimensions = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
-    others = {"model_type": "qwen2", "intermediate_size": 64, "vocab_size": 128}
-    (folder / "config.json").write_text(json.dumps(dimensions | others))
-    return folder
+    return tiny_hf.save_hf(tmp_path_factory.mktemp("model"), num_hidden_layers=2)
 
 
 @pytest.fixture
@@ -45,28 +40,30 @@ def config(model, tmp_path, monkeypatch):
     c = TrainConfig(run_dir=str(tmp_path / "run"))
     c.student.path = c.teacher.path = str(model)
     c.data.path = str(tmp_path / "prompts.jsonl")
-    (tmp_path / "prompts.jsonl").touch()
+    c.data.seq_length, c.rollout.max_new_tokens = 64, 16
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Ann has 3 boxes"}\n')
     c.parallel.num_nodes = 2
     return c
 
 
 def test_whole_weights_pass(model):
-    probes.check_weights(model)
+    check_weights(model)
 
 
 def test_weights_cut_short_are_named(model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "cut")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"cut/model\.safetensors: .*Download"):
-        probes.check_weights(folder)
+    with pytest.raises(ValueError, match=r"cut/model\.safetensors: not a whole safetensors file"):
+        check_weights(folder)
 
 
 def test_a_shard_that_the_index_lists_must_be_there(model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "sharded")
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
     with pytest.raises(ValueError, match=r"model-00001-of-00002\.safetensors"):
-        probes.check_weights(folder)
+        check_weights(folder)
 
 
 @pytest.mark.parametrize("files", [{}, {"__0_0.distcp": ""}])
@@ -76,7 +73,7 @@ def test_a_nemo_checkpoint_without_content(files, tmp_path):
     for name, text in files.items():
         (tmp_path / "weights" / name).write_text(text)
     with pytest.raises(ValueError, match=r"\.distcp files are missing or empty"):
-        probes.check_weights(tmp_path)
+        check_weights(tmp_path)
 
 
 def test_no_gpu_is_an_error_unless_allowed(monkeypatch):
@@ -174,6 +171,17 @@ def test_a_node_with_other_packages_is_named_once():
 def test_a_rank_that_never_comes_is_missed_by_its_node_s_name(config):
     errors = Preflight(config, place(0, port=ranks.free_port()), timeout=1, allow_cpu=True).run()
     assert errors == ["right (rank 1): no report within 2 s"]
+
+
+def test_a_port_in_use_is_told_in_a_line(config, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        (error,) = Preflight(config, place(0, port=port), timeout=1, allow_cpu=True).run()
+        assert "\n" not in error and f"lost rank 0 at 127.0.0.1:{port}: " in error
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1"), monkeypatch.setenv("MASTER_PORT", str(port))
+        monkeypatch.setenv("RANK", "0"), monkeypatch.setenv("WORLD_SIZE", "1")
+        with pytest.raises(HostError, match=f"MASTER_PORT = 127.0.0.1:{port}: the ranks cannot meet"), process_group():
+            pass
 
 
 def test_rank_zero_tells_what_is_wrong_on_another_node(config, monkeypatch):

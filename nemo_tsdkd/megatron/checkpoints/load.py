@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from nemo.collections import llm
-from nemo.lightning import io
 
 import nemo_tsdkd.megatron.cpu as cpu
+from nemo_tsdkd.checkpoints.foreign import require_harmless
+from nemo_tsdkd.checkpoints.manifest import find_damage, has_manifest
 from nemo_tsdkd.checkpoints.model_folder import (
     HF_ASSETS,
     content_key,
@@ -25,9 +27,13 @@ from nemo_tsdkd.checkpoints.model_folder import (
     is_nemo_checkpoint,
     require_importable,
 )
-from nemo_tsdkd.config.validation import UserError
+from nemo_tsdkd.config.validation import HostError, UserError
 from nemo_tsdkd.distributed.groups import from_rank_zero
+from nemo_tsdkd.megatron.checkpoints.context import read_gpt_config
 from nemo_tsdkd.megatron.checkpoints.hf import config_from_hf
+from nemo_tsdkd.megatron.checkpoints.unpickling import told_in_words
+
+logger = logging.getLogger(__name__)
 
 _PREFIX = "module."  # NeMo's checkpoints hold the model under this name, beside optimizer state
 _LAUNCH_VARIABLES = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "SLURM_")
@@ -41,29 +47,55 @@ def resolve(path: str | Path, cache_dir: Path) -> Path:
     content.
 
     Raises:
-        UserError: `path` is neither kind of folder, or a Hugging Face folder that cannot be imported.
+        UserError: `path` is neither kind of folder, could run code, is not as its manifest says, or is a Hugging Face
+            folder that cannot be imported.
+        HostError: the disk for the import is full.
         RuntimeError: the import failed; every rank raises it.
     """
     folder = Path(path)
     if is_nemo_checkpoint(folder):
+        require_harmless(folder)
+        _require_whole(folder)
         return folder
     if not is_hf_folder(folder):
         fix = "Give a local Hugging Face folder (config.json, *.safetensors) or a NeMo checkpoint folder"
         raise UserError(f"{folder}: {'no model in it' if folder.is_dir() else 'no such folder'}. {fix}.")
+    require_harmless(folder)
     require_importable(folder)
     checkpoint = Path(from_rank_zero(lambda: str(_import_once(folder, cache_dir))))
     _await(checkpoint)
+    _require_whole(checkpoint)
     return checkpoint
+
+
+def find_damage_together(checkpoint: Path) -> str | None:
+    """`find_damage`, by digest, each rank reading a share of the files: all of it once, over all ranks. Collective."""
+    if not dist.is_initialized():
+        return find_damage(checkpoint)
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, find_damage(checkpoint, dist.get_rank(), len(found)))
+    return next((damage for damage in found if damage), None)
+
+
+def _require_whole(checkpoint: Path) -> None:
+    if not has_manifest(checkpoint):
+        log = logger.warning if int(os.environ.get("RANK", "0")) == 0 else logger.debug
+        log("%s has no manifest: nothing can tell whether its weights are as they were written.", checkpoint)
+    elif damage := find_damage_together(checkpoint):
+        raise UserError(f"{checkpoint}: {damage}. Remove it and import the model again.")
 
 
 def gpt_config(checkpoint: Path) -> llm.GPTConfig:
     """NeMo's GPT config of a checkpoint, `vocab_size` being the model's own width without padding.
 
-    An import of ours keeps the source's `config.json`, and the config is derived from that. The context of any other
-    NeMo checkpoint names Python classes that NeMo instantiates: take such folders from a trusted source only.
+    An import of ours keeps the source's `config.json`, and the config is derived from that. For any other NeMo
+    checkpoint it is what the context says, as far as that names NeMo's configs only.
+
+    Raises:
+        UserError: the checkpoint is damaged, or could run code.
     """
     assets = checkpoint / HF_ASSETS
-    config = config_from_hf(assets) if assets.is_dir() else io.load_context(checkpoint, subpath="model.config")
+    config = config_from_hf(assets) if assets.is_dir() else read_gpt_config(checkpoint)
     dtype = _stored_tensors(checkpoint)[f"{_PREFIX}embedding.word_embeddings.weight"].dtype
     config.params_dtype, config.bf16, config.fp16 = dtype, dtype == torch.bfloat16, dtype == torch.float16
     for fusion in cpu.missing_kernels:
@@ -81,11 +113,12 @@ def load_weights(module: MCoreGPTModel, checkpoint: Path) -> None:
         UserError: the checkpoint and the model do not have the same parameters.
     """
     assert not any(p.is_meta for p in module.parameters()), "weights loaded into the meta device are lost"
-    state, missing, unexpected = dist_checkpointing.load(
-        module.sharded_state_dict(prefix=_PREFIX),
-        str(checkpoint / "weights"),
-        strict=StrictHandling.RETURN_ALL,
-    )
+    with told_in_words(checkpoint):
+        state, missing, unexpected = dist_checkpointing.load(
+            module.sharded_state_dict(prefix=_PREFIX),
+            str(checkpoint / "weights"),
+            strict=StrictHandling.RETURN_ALL,
+        )
     # Transformer Engine's extra state is empty where nothing is FP8, and absent from imports made without it.
     missing = {k for k in missing if k.startswith(_PREFIX) and "_extra_state" not in k}
     unexpected = {k for k in unexpected if "_extra_state" not in k}
@@ -129,7 +162,8 @@ def load_head(config: llm.GPTConfig, checkpoint: Path, tp_group: dist.ProcessGro
 
 
 def _stored_tensors(checkpoint: Path) -> dict:
-    return dist_checkpointing.load_tensors_metadata(str(checkpoint / "weights"))
+    with told_in_words(checkpoint):
+        return dist_checkpointing.load_tensors_metadata(str(checkpoint / "weights"))
 
 
 def _import_once(folder: Path, cache_dir: Path) -> Path:
@@ -137,9 +171,13 @@ def _import_once(folder: Path, cache_dir: Path) -> Path:
     if not checkpoint.is_dir():
         environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCH_VARIABLES)}
         command = [sys.executable, "-m", "nemo_tsdkd", "import", "--source", str(folder), "--output", str(checkpoint)]
-        child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        child = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if not is_nemo_checkpoint(checkpoint):
-            tail = "\n".join(child.stdout.splitlines()[-20:])
+            said = child.stderr.strip().rpartition("nemo-tsdkd: error: ")[2]
+            kind = {2: UserError, 1: HostError}.get(child.returncode) if said != child.stderr.strip() else None
+            if kind:
+                raise kind(said)
+            tail = "\n".join(child.stderr.splitlines()[-20:])
             raise RuntimeError(f"{folder}: the import failed (exit status {child.returncode}):\n{tail}")
     return checkpoint
 

@@ -23,10 +23,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_tsdkd.checkpoints.atomic import write_whole
-from nemo_tsdkd.checkpoints.manifest import contents, describe, find_damage, first_whole, folders, step_folder
+from nemo_tsdkd.checkpoints.manifest import contents, describe, first_whole, folders, step_folder
 from nemo_tsdkd.checkpoints.retention import begin_checkpoint, rotate, seal
 from nemo_tsdkd.checkpoints.run_lock import Claim, lock
 from nemo_tsdkd.checkpoints.run_record import RunRecord
@@ -34,8 +33,7 @@ from nemo_tsdkd.checkpoints.start_over import FINISHED, LAST_STEP
 from nemo_tsdkd.config.schema import CheckpointConfig
 from nemo_tsdkd.distributed.groups import from_rank_zero
 from nemo_tsdkd.distributed.signals import STOP_SIGNALS
-
-_PROBE = 1 << 20  # bytes
+from nemo_tsdkd.megatron.checkpoints.load import find_damage_together
 
 
 def start_writers_queue() -> None:
@@ -71,9 +69,7 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
     damaged: dict[Path, str] = {}
 
     def damage_of(folder: Path) -> str | None:
-        found: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, find_damage(folder, dist.get_rank(), len(found)))
-        damage = next((damage for damage in found if damage), None)
+        damage = find_damage_together(folder)
         if damage:
             damaged[folder] = damage
         return damage
@@ -138,28 +134,6 @@ class RunCheckpoints:
     def _contents(self, folder: Path) -> list[str]:
         self.claim.require()
         return contents(folder)
-
-    @contextmanager
-    def report_full_disk(self) -> Iterator[None]:
-        """Raise the disk's own error where the run's disk is full or over its quota: Megatron's writer processes
-        report that in several ways, some of which do not name the cause.
-
-        The checkpoint being saved then does not count, and the earlier ones are unchanged.
-
-        Raises:
-            OSError: what the disk answers, in place of the error it led to.
-        """
-        try:
-            yield
-        except (Exception, CheckpointException) as error:  # torch derives the second from BaseException
-            probe = self.run_dir / f".probe_{dist.get_rank()}"
-            try:
-                probe.write_bytes(bytes(_PROBE))
-            except OSError as full:
-                raise OSError(full.errno, full.strerror, str(self.run_dir)) from error
-            finally:
-                probe.unlink(missing_ok=True)
-            raise
 
 
 def mark_finished(run_dir: Path) -> None:

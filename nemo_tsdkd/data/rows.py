@@ -1,0 +1,158 @@
+"""One row of a data set, checked and tokenized; and the first rows of every file, before a job waits for GPUs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from nemo_tsdkd.config.schema import DataConfig
+from nemo_tsdkd.config.validation import UserError
+from nemo_tsdkd.data.source import check_data, data_files
+from nemo_tsdkd.data.tokenizer import Vocabulary, response_text
+
+_ROWS, _FILES = 8, 8  # of the first files the first rows
+
+
+def check_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | None) -> bool:
+    """Encode the first rows of the data as training will; False where that would mean a download from the hub.
+
+    Args:
+        vocabulary: that of the tokenizer, where responses are needed.
+
+    Raises:
+        UserError: a file that cannot be read, or a bad row (with file and line).
+    """
+    check_data(config)
+    require_template(config, tokenizer)
+    if not Path(config.path).exists():
+        return False
+    for file in data_files(config)[:_FILES]:
+        rows = list(itertools.islice(_read(file), min(_ROWS, config.limit or _ROWS)))
+        if not rows:
+            raise UserError(f"data.path = {str(file)!r}: is empty. Give a file with rows.")
+        for index, row in enumerate(rows):
+            encode_row(row, index, source=str(file), config=config, tokenizer=tokenizer, vocabulary=vocabulary)
+    return True
+
+
+def require_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError where a chat template is asked for and the tokenizer has none."""
+    if config.apply_chat_template and tokenizer.chat_template is None:
+        raise UserError(
+            "data.apply_chat_template = True: the tokenizer has no chat template. Set it to false for a base model."
+        )
+
+
+def _read(file: Path) -> Iterator[dict[str, Any]]:
+    """A file's rows as `datasets` gives them: the columns of a Parquet file, the text of a line."""
+    try:
+        if file.suffix == ".parquet":
+            for batch in pq.ParquetFile(file).iter_batches(_ROWS):
+                yield from batch.to_pylist()
+        else:
+            with file.open(encoding="utf-8") as lines:
+                for line in lines:
+                    yield {"text": line.rstrip("\n")}
+    except (UnicodeDecodeError, pa.ArrowException, OSError) as error:
+        said = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise UserError(f"data.path = {str(file)!r}: cannot be read as {file.suffix} ({said}).") from error
+
+
+def encode_row(
+    row: dict[str, Any],
+    index: int,
+    *,
+    source: str,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary | None,
+) -> dict[str, Any]:
+    """The prompt and the tokens of the row `index` (from 0) of the file or data set `source`.
+
+    Raises:
+        UserError: the row cannot be used, with file and line.
+    """
+    is_json = source.endswith(".jsonl")
+    where = f"{source}, {'line' if is_json else 'row'} {index + 1}"
+    if is_json:
+        row = _parse_line(row["text"], where)
+    column = config.prompt_column
+    if column == "prompt" and "prompt" not in row and "instruction" in row:
+        column = "instruction"  # as half of the public instruction data calls its prompts
+    prompt = _text(row, column, where)
+    if config.apply_chat_template:
+        message = {"role": "user", "content": prompt}
+        try:
+            prompt_ids = tokenizer.apply_chat_template([message], add_generation_prompt=True)
+        except Exception as error:  # a template is a program, and fails as programs do
+            raise UserError(
+                f"{where}: the tokenizer's chat template fails on the prompt ({type(error).__name__}: {error!s:.120}). "
+                "Mend the template or the row, or set data.apply_chat_template=false."
+            ) from error
+    else:
+        prompt_ids = tokenizer(prompt)["input_ids"]
+    if not prompt_ids:
+        raise UserError(f"{where}: {column} = {prompt!r:.80}: gives no token. Correct or remove the row.")
+    response_ids = _response_ids(row, config, tokenizer, vocabulary, where) if vocabulary else []
+    return {"prompt": prompt, "prompt_ids": prompt_ids, "response_ids": response_ids}
+
+
+def _response_ids(
+    row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, where: str
+) -> list[int]:
+    if "response_ids" in row:
+        return vocabulary.first_response(_written_ids(row, config, tokenizer, vocabulary, where))
+    text = _text(row, config.response_column, where)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return vocabulary.first_response([*ids, tokenizer.eos_token_id])
+
+
+def _written_ids(
+    row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, where: str
+) -> list[int]:
+    """The tokens that `nemo-tsdkd generate` sampled: a truncated response has no EOS, and the text, tokenized anew,
+    may be cut in other places."""
+    ids = row["response_ids"]
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocabulary.size for i in ids):
+        raise UserError(
+            f"{where}: response_ids = {ids!r:.80}: must be a list of token ids below {vocabulary.size}. "
+            "Remove the column, so that the text is tokenized."
+        )
+    if response_text(tokenizer, ids) != row.get(config.response_column):
+        raise UserError(
+            f"{where}: response_ids are not the tokens of {config.response_column!r} for this tokenizer. "
+            "Remove the column, so that the text is tokenized."
+        )
+    return ids
+
+
+def _parse_line(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as e:  # the first also for numbers of 5,000 digits
+        raise UserError(f"{where}: not JSON ({e}). Each line must hold one JSON object.") from e
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: holds a {type(row).__name__}. Each line must hold one JSON object.")
+    return row
+
+
+def _text(row: dict[str, Any], column: str, where: str) -> str:
+    if column not in row:
+        raise UserError(f"{where}: no column {column!r} among {sorted(row)}. Set data.prompt_column/response_column.")
+    value = row[column]
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: {column} = {value!r:.80}: must be text and not empty. Correct or remove the row.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:  # JSON can write down half of a surrogate pair; no text can hold it
+        raise UserError(
+            f"{where}: {column} holds {value[e.start]!r} at character {e.start}: not a character. Correct the row."
+        ) from e
+    return value

@@ -1,0 +1,59 @@
+"""Who speaks on the terminal: the program, in its own lines. What libraries print, and tracebacks, go to a log file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+_terminal: TextIO | None = None
+
+
+def terminal() -> TextIO:
+    """Where the user's lines go: standard error, also while the libraries' is a log file."""
+    return _terminal or sys.stderr
+
+
+def terminal_descriptor() -> int:
+    """The same as a descriptor, for a signal's handler."""
+    return _terminal.fileno() if _terminal else 2
+
+
+@contextmanager
+def libraries_to(log: Path) -> Iterator[None]:
+    """Append to `log` all that this process and those it starts print, and the traceback of an error, which gets a note
+    that names the file. Our own log messages go to the terminal, too. An empty log is removed."""
+    global _terminal
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush(), sys.stderr.flush()
+    saved = [os.dup(descriptor) for descriptor in (1, 2)]
+    _terminal = os.fdopen(os.dup(2), "w")
+    handler = logging.StreamHandler(_terminal)
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    logging.getLogger("nemo_tsdkd").addHandler(handler)
+    try:
+        with log.open("ab", buffering=0) as file:
+            for descriptor in (1, 2):
+                os.dup2(file.fileno(), descriptor)
+        yield
+    except BaseException as error:
+        with suppress(OSError):  # its disk may be the one that is full
+            os.write(2, traceback.format_exc().encode(errors="replace"))
+        error.add_note(f"More in {log}.")
+        raise
+    finally:
+        with suppress(OSError):
+            sys.stdout.flush(), sys.stderr.flush()
+        logging.getLogger("nemo_tsdkd").removeHandler(handler)
+        _terminal.close()
+        _terminal = None
+        for descriptor, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, descriptor)
+            os.close(original)
+        if log.exists() and log.stat().st_size == 0:
+            log.unlink()
