@@ -6,16 +6,18 @@ Import it only where the ranks' harness is at hand; the training itself is impor
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ranks
 import torch
 
+from nemo_tsdkd.checkpoints import run_lock
 from nemo_tsdkd.checkpoints.manifest import has_manifest, step_folder
 from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.reporting.metrics import read_metrics
 
 TIMES = ("rollout_s", "teacher_s", "student_s", "tokens_per_s")
@@ -30,8 +32,8 @@ class Outcome:
     samples: dict[int, list[int]]
 
 
-def train(config: TrainConfig, **kill: Callable[[], bool]) -> Outcome | None:
-    """Start or resume a run on as many ranks as it asks for; None where it was killed (`kill_when`)."""
+def train(config: TrainConfig, **kill: Any) -> Outcome | None:
+    """Start or resume a run on as many ranks as it asks for; None where it was killed (`kill_when`, `victims`)."""
     results = ranks.run_ranks(_train, config.parallel.world_size, config, **kill)
     return results[0] if results else None
 
@@ -39,6 +41,7 @@ def train(config: TrainConfig, **kill: Callable[[], bool]) -> Outcome | None:
 def _train(config: TrainConfig) -> Outcome:
     from nemo_tsdkd.megatron.train import train
 
+    run_lock.STALE = 2.0  # a damaged lock costs so many seconds
     _log_samples(Path(config.run_dir))
     train(config)
     torch.distributed.barrier()
@@ -49,6 +52,21 @@ def _train(config: TrainConfig) -> Outcome:
         weights=saved_weights(step_folder(run_dir, config.max_steps)),
         samples=_read_samples(run_dir),
     )
+
+
+def refusals(config: TrainConfig) -> list[str]:
+    """Start a run that must not start: what each rank is told."""
+    return ranks.run_ranks(_refusal, config.parallel.world_size, config)
+
+
+def _refusal(config: TrainConfig) -> str:
+    from nemo_tsdkd.megatron.train import train
+
+    try:
+        train(config)
+    except UserError as error:
+        return str(error)
+    return "it started"
 
 
 def saved_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -97,40 +115,6 @@ def saving(config: TrainConfig, step: int) -> Callable[[], bool]:
     """A moment to kill at: weights of the step's checkpoint are on the disk, its manifest is not."""
     folder = step_folder(Path(config.run_dir), step)
     return lambda: any(folder.glob("weights/*.distcp")) and not has_manifest(folder)
-
-
-def train_through_kills(config: TrainConfig, moments: Sequence[float]) -> tuple[Outcome, list[str]]:
-    """Kill each attempt so many seconds after it began to set up, then let the last one end.
-
-    Returns the outcome and what each kill met: "set-up", "training" or "saving". An attempt that ends before its
-    moment ends the run.
-    """
-    met = []
-    run_dir = Path(config.run_dir)
-    for moment in moments:
-        steps_before = _size(run_dir / "samples_0.jsonl")
-        outcome = train(config, kill_when=_after_start(run_dir, moment))
-        if outcome:
-            return outcome, met
-        half_written = not all(has_manifest(folder) for folder in (run_dir / "checkpoints").glob("step_*"))
-        started = _size(run_dir / "samples_0.jsonl") > steps_before
-        met.append("set-up" if not started else "saving" if half_written else "training")
-    return train(config), met
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
-def started_at(run_dir: Path) -> float:
-    """When the latest attempt began to set up: it writes its configuration down."""
-    path = run_dir / "config.yaml"
-    return path.stat().st_mtime if path.is_file() else 0.0
-
-
-def _after_start(run_dir: Path, seconds: float) -> Callable[[], bool]:
-    before = started_at(run_dir)
-    return lambda: started_at(run_dir) > before and time.time() - started_at(run_dir) >= seconds
 
 
 def same(outcome: Outcome, expected: Outcome) -> bool:

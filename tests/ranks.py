@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -111,11 +111,13 @@ def run_ranks(
     timeout: float = TIMEOUT,
     meet: bool = True,
     kill_when: Callable[[], bool] = lambda: False,
+    victims: Sequence[int] = (),
 ) -> list[Any] | None:
     """Call `fn(*args)` on `world_size` ranks; return their results in rank order.
 
     The ranks `meet` in a process group before the call, unless `fn` is to start one itself. As soon as `kill_when()`
-    holds, all ranks get SIGKILL, as when a node is lost, and the result is None.
+    holds, all ranks get SIGKILL, as when a node is lost, and the result is None. With `victims` these ranks die first,
+    and the others half a second later, as by a launcher that notices.
 
     Raises AssertionError with the first failed rank's log when a rank fails or the time is up; every rank is
     killed at the first failure, since the others would wait in a collective for ever.
@@ -137,10 +139,14 @@ def run_ranks(
             if not killed:
                 time.sleep(0.002)
         late = [r for r, p in enumerate(ranks) if p.is_alive()]
+        if killed and victims:
+            for rank in victims:
+                _kill(ranks[rank])
+            time.sleep(0.5)
         for p in ranks:
             _kill(p)
         failed = [r for r, p in enumerate(ranks) if p.exitcode != 0 and r not in late] or late
-        if killed and failed == late:
+        if killed and (victims or failed == late):
             return None
         if failed:
             log = Path(folder, f"{failed[0]}.log")

@@ -11,7 +11,7 @@ import pytest
 import ranks
 import tiny_run
 import torch
-from interruptions import same, saved_weights, saving, steps_done, train, train_through_kills
+from interruptions import same, saved_weights, saving, steps_done, train
 
 from nemo_tsdkd.checkpoints.manifest import find_damage, newest_whole, step_folder
 
@@ -174,16 +174,6 @@ def test_saving_behind_the_steps_changes_nothing(configure, uninterrupted, tmp_p
     assert train(config, kill_when=saving(config, 8)) is None
     assert same(train(config), uninterrupted())
     assert find_damage(step_folder(tmp_path, 10)) is None
-
-
-def test_three_kills_at_random_moments_change_nothing(configure, uninterrupted, tmp_path):
-    config = configure(tmp_path)
-    config.checkpoint.every_n_steps = 2
-    generator = random.Random(0)
-    moments = [generator.uniform(0.5, 3) for _ in range(3)]
-    outcome, met = train_through_kills(config, moments)
-    assert met, "it ended before the first kill"
-    assert same(outcome, uninterrupted())
 
 
 def embedding(checkpoint: Path) -> torch.Tensor:
