@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -32,8 +33,8 @@ def appearing_folder(target: Path) -> Iterator[Path]:
     Nobody ever sees a part of it. Where another process was faster, its folder stays and this one is dropped.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of an earlier process with this number
+    # Not by process number: on a shared disk it may be that of another node's process, which writes there now.
+    partial = target.parent / f".{target.name}.{secrets.token_hex(8)}.partial"
     partial.mkdir()
     try:
         yield partial

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
@@ -60,25 +59,32 @@ def test_a_second_ctrl_c_ends_at_once_and_nothing_else_does():
     assert process.wait(30) == -signal.SIGINT
 
 
-LAUNCHER = textwrap.dedent(
-    """
-    import os, subprocess, sys, time
-    code = "import os, signal, time;from nemo_tsdkd.distributed.signals import *;follow_launcher();"
-    code += "signal.signal(signal.SIGTERM, lambda s, f: (print('asked to stop', flush=True), os._exit(0)));"
-    code += "print('ready', flush=True); time.sleep(2); print('trains on', flush=True)"
-    subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    time.sleep(600)
-    """
-)
+RANK = """
+import os, signal, time
+from nemo_tsdkd.distributed.signals import follow_launcher
+follow_launcher()
+signal.signal(signal.SIGTERM, lambda s, f: (print("asked to stop", flush=True), os._exit(0)))
+print("ready", flush=True)
+time.sleep(8)
+print("trains on", flush=True)
+"""
 
 
-@pytest.mark.parametrize(("run_id", "then"), [("none", "asked to stop\n"), ("slurm-5", "trains on\n")])
-def test_a_rank_whose_torchrun_is_gone_is_asked_to_stop(run_id, then):
+def test_a_rank_whose_torchrun_is_gone_is_asked_to_stop(tmp_path):
     """SIGUSR1 ends torchrun without a word to its ranks, which lead sessions of their own."""
-    environment = os.environ | {"TORCHELASTIC_RUN_ID": run_id}
-    with subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True, env=environment
-    ) as launcher:
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", str(tmp_path / "rank.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as launcher:
         assert launcher.stdout.readline() == "ready\n"
         launcher.send_signal(signal.SIGUSR1)
-        assert launcher.stdout.read() == then
+        assert launcher.stdout.read() == "asked to stop\n"
+        assert launcher.wait(30) == -signal.SIGUSR1
+
+
+def test_a_rank_that_torchrun_did_not_start_outlives_its_parent(tmp_path):
+    """As with nohup, whose shell ends at once."""
+    (tmp_path / "rank.py").write_text(RANK.replace("sleep(8)", "sleep(1)"))
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, {str(tmp_path / 'rank.py')!r}])"
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
+    done = subprocess.run([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, env=environment)
+    assert done.stdout == "ready\ntrains on\n"
