@@ -89,6 +89,8 @@ class Adversary:
         kinds: list[Callable[[], tuple[str, str]]] = [self.kill, self.kill, self.flip, self.truncate, self.torn]
         kinds += [self.change_layout] * 3 if self.style == "layouts" else [self.second_start]
         kinds += [self.fill_disk] * 4 if "disk" in self.style else []
+        if not (self.run_dir / "metrics.jsonl").exists():
+            kinds = [self.kill]  # nothing is there that could be damaged
         return self.draw.choice(kinds)()
 
     # ---- events -----------------------------------------------------------------------------------------------------
@@ -128,8 +130,6 @@ class Adversary:
             of_checkpoint = inside.parts[0] == "checkpoints"
             kind = "/".join((*inside.parts[2 if of_checkpoint else 0 : -1], path.suffix or path.name))
             kinds.setdefault(f"checkpoint/{kind}" if of_checkpoint else kind, []).append(path)
-        if not kinds:
-            return f"{name}: nothing there yet", "-"
         path = self.draw.choice(sorted(kinds[self.draw.choice(sorted(kinds))]))
         before = path.read_bytes()
         path.write_bytes(change(bytearray(before)))
@@ -147,8 +147,6 @@ class Adversary:
 
     def torn(self) -> tuple[str, str]:
         line = self.draw.choice(TORN)
-        if not (self.run_dir / "metrics.jsonl").exists():
-            return "torn line: nothing there yet", "-"
         with (self.run_dir / "metrics.jsonl").open("ab") as file:
             file.write(line)
         return f"torn line {line[:12]!r}", self.attempt(kill_when=self.moment()[0])

@@ -24,6 +24,7 @@ WRITTEN = {
     "imported/",
     "models/",
     "runs/benchmarks/",
+    "attempts/",
 }  # by a run, a job or a build
 FILE = re.compile(r"(?<![\w/.$>{}-])(?:[\w.-]+/)*[\w.-]*\w\.(?:py|md|sh|ya?ml|toml|txt|in)\b(?![/\w])")
 FOLDER = re.compile(r"(?<=`)(?:[a-z_]+/)+(?=`)")
