@@ -107,7 +107,7 @@ def describe(folder: Path, names: Sequence[str]) -> dict[str, dict[str, int | st
 
 
 def write_manifest(folder: Path, entries: dict[str, dict[str, int | str]]) -> None:
-    """Declare a checkpoint whole: the last act of saving it, on one rank."""
+    """Write the manifest, from when on the checkpoint counts. Call it last, on one rank."""
     for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder, folder.parent]:
         sync(path)
     write_whole(folder / MANIFEST, json.dumps(entries, indent=1, sort_keys=True).encode())

@@ -39,8 +39,8 @@ def begin_checkpoint(run_dir: Path, step: int, record: RunRecord) -> Path:
     return folder
 
 
-def seal(folder: Path, entries: dict[str, dict[str, int | str]]) -> None:
-    """Declare a checkpoint whole. Call it on one rank, with the entries of all."""
+def finish_checkpoint(folder: Path, entries: dict[str, dict[str, int | str]]) -> None:
+    """Write the manifest, from when on the checkpoint counts. Call it on one rank, with the entries of all ranks."""
     write_manifest(folder, entries)
     (folder / UNFINISHED).unlink(missing_ok=True)
 

@@ -24,7 +24,7 @@ from nemo_tsdkd.megatron.checkpoints.save import (
     RunCheckpoints,
     mark_finished,
     restore_random_state,
-    start_writers_queue,
+    start_results_process,
 )
 from nemo_tsdkd.reporting.metrics import RunWriter
 
@@ -110,7 +110,7 @@ class SaveAndStop(pl.Callback):
             restore_random_state(Path(trainer.ckpt_path))
         # After Lightning's own handlers, which would raise in the middle of a step on one rank alone.
         on_stop_signals(self._note_signal)
-        start_writers_queue()
+        start_results_process()
         self._saved_at = time.monotonic()
 
     def _note_signal(self, signum: int, frame: FrameType | None) -> None:
@@ -123,10 +123,10 @@ class SaveAndStop(pl.Callback):
         last = step == trainer.max_steps
         if step % self.reuse:
             return  # a set of rollouts is not part of a checkpoint: save where the next step would write a new one
-        config: CheckpointConfig = self.checkpoints.config
+        settings: CheckpointConfig = self.checkpoints.settings
         minutes = (time.monotonic() - self._saved_at) / 60
-        stop, due = _largest(self._stop_signal, minutes >= config.every_minutes)
-        if stop or due or last or step % config.every_n_steps == 0:
+        stop, due = _largest(self._stop_signal, minutes >= settings.every_minutes)
+        if stop or due or last or step % settings.every_n_steps == 0:
             self.checkpoints.save(trainer, self.source, wait=bool(stop) or last)
             self._saved_at = time.monotonic()
         if last and trainer.is_global_zero:

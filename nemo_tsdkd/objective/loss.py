@@ -153,7 +153,11 @@ def _call(
     mask = check_mask(mask)
     tokens = torch.ones_like(mask) if objective.arithmetic.trains_padding else mask
     return Call(
-        objective, mask, tokens.flatten().nonzero().flatten(), SequenceLayout.of(mask, cu_seqlens, cp_group), tp_group
+        objective=objective,
+        mask=mask,
+        index=tokens.flatten().nonzero().flatten(),
+        layout=SequenceLayout.of(mask, cu_seqlens, cp_group),
+        tp_group=tp_group,
     )
 
 

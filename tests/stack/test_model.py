@@ -139,8 +139,8 @@ def test_a_signal_to_one_rank_saves_and_stops_all_and_the_run_goes_on(root, tmp_
     assert (tmp_path / "FINISHED").exists() and (tmp_path / "last_step").read_text() == "5\n"
 
 
-def write_after_a_signal_to_all() -> str:
-    """Start the writers' process as on a GPU, send SIGUSR1 to every process of this rank, and use it."""
+def report_after_a_signal_to_all() -> str:
+    """Start the process of results as on a GPU, send SIGUSR1 to every process of this rank, and use it."""
     import multiprocessing
 
     from nemo_tsdkd.megatron.checkpoints import save as saving
@@ -151,18 +151,18 @@ def write_after_a_signal_to_all() -> str:
     saving.filesystem_async._get_write_results_queue = lambda: queues.append(
         multiprocessing.get_context("spawn").Manager().Queue()
     )
-    saving.start_writers_queue()
+    saving.start_results_process()
     os.killpg(0, signal.SIGUSR1)
     queues[0].put("written")
     return " ".join([*seen, queues[0].get(timeout=30)])
 
 
 def test_the_signal_that_asks_for_a_checkpoint_spares_the_process_that_a_checkpoint_needs():
-    assert ranks.run_ranks(write_after_a_signal_to_all, 1) == ["signal written"]
+    assert ranks.run_ranks(report_after_a_signal_to_all, 1) == ["signal written"]
 
 
 def shared_out() -> list[list[int]]:
-    """What each of two context-parallel ranks holds after five samples were written; a stand-in writes."""
+    """What each of two context-parallel ranks holds after five responses; a stand-in generates them."""
     from types import SimpleNamespace
     from unittest.mock import patch
 
@@ -171,7 +171,7 @@ def shared_out() -> list[list[int]]:
     from nemo_tsdkd.distributed.groups import long_timeout_group
     from nemo_tsdkd.megatron import model
 
-    def write(module, prompts, *, sample_ids, **_):
+    def generate(module, prompts, *, sample_ids, **_):
         rank = torch.distributed.get_rank()
         return [Response([rank, i, *prompt], False) for i, prompt in zip(sample_ids, prompts, strict=True)]
 
@@ -182,12 +182,12 @@ def shared_out() -> list[list[int]]:
         train_config=train_config, module=None, vocabulary=vocabulary, _long_timeout_group=long_timeout_group()
     )
     samples = [Sample(i, [10 + i], []) for i in range(5)]
-    with patch.object(model, "generate", write), patch.object(model, "unwrap"):
+    with patch.object(model, "generate", generate), patch.object(model, "unwrap"):
         return [response.token_ids for response in model.TSDKDModel._generate(student, samples, 0)]
 
 
 def test_context_parallel_ranks_share_the_samples_out_and_hold_the_same_responses():
-    """Their models need Transformer Engine, so that a stand-in writes here."""
+    """Their models need Transformer Engine, so that a stand-in generates here."""
     expected = [[i % 2, i, 10 + i] for i in range(5)]
     assert ranks.run_ranks(shared_out, 2) == [expected, expected]
 

@@ -100,7 +100,7 @@ def test_a_file_that_cannot_be_read_is_damage_not_the_end(tmp_path, monkeypatch)
     assert newest_whole(tmp_path) == older
 
 
-def test_a_full_disk_while_sealing_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+def test_a_full_disk_while_writing_the_manifest_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     older, newer = write(tmp_path, 1), write(tmp_path, 2, whole=False)
 
     def full(*_):
@@ -112,7 +112,7 @@ def test_a_full_disk_while_sealing_leaves_the_older_checkpoint(tmp_path, monkeyp
     assert not has_manifest(newer) and newest_whole(tmp_path) == older
 
 
-SEALER = """
+SAVER = """
 import sys
 from pathlib import Path
 from nemo_tsdkd.checkpoints.manifest import contents, describe, write_manifest, step_folder
@@ -129,7 +129,7 @@ for step in range(1, 100_000):
 def test_killed_at_any_moment_the_newest_whole_is_the_last_or_one_just_saved(tmp_path):
     for attempt in range(5):
         run_dir = tmp_path / str(attempt)
-        with subprocess.Popen([sys.executable, "-c", SEALER, str(run_dir)], stdout=subprocess.PIPE) as process:
+        with subprocess.Popen([sys.executable, "-c", SAVER, str(run_dir)], stdout=subprocess.PIPE) as process:
             process.stdout.readline()
             time.sleep(0.013 * attempt)
             process.kill()

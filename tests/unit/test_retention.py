@@ -14,7 +14,7 @@ from nemo_tsdkd.checkpoints.manifest import (
     newest_whole,
     step_folder,
 )
-from nemo_tsdkd.checkpoints.retention import begin_checkpoint, rotate, seal, was_saved
+from nemo_tsdkd.checkpoints.retention import begin_checkpoint, finish_checkpoint, rotate, was_saved
 from nemo_tsdkd.checkpoints.run_record import RunRecord
 
 OURS = RunRecord("ours", "student", "tokenizer")
@@ -26,7 +26,7 @@ def write(run_dir, step, whole=True, record=OURS):
     (folder / "weights").mkdir()
     (folder / "weights" / "__0_0.distcp").write_bytes(bytes([step]) * 5000)
     if whole:
-        seal(folder, describe(folder, contents(folder)))
+        finish_checkpoint(folder, describe(folder, contents(folder)))
     return folder
 
 

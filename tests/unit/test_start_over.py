@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nemo_tsdkd.checkpoints.manifest import contents, describe, find_damage, folders, step_folder
-from nemo_tsdkd.checkpoints.retention import begin_checkpoint, seal
+from nemo_tsdkd.checkpoints.retention import begin_checkpoint, finish_checkpoint
 from nemo_tsdkd.checkpoints.run_record import RunRecord, content_digest, open_record, student_digest
 from nemo_tsdkd.checkpoints.start_over import begin
 
@@ -16,7 +16,7 @@ def write(run_dir, step, whole=True):
     folder = begin_checkpoint(run_dir, step, RECORD)
     (folder / "weights").write_bytes(bytes(5000))
     if whole:
-        seal(folder, describe(folder, contents(folder)))
+        finish_checkpoint(folder, describe(folder, contents(folder)))
         (run_dir / "last_step").write_text(f"{step}\n")
     return folder
 

@@ -1,4 +1,4 @@
-"""Training checkpoints: what is in one, when it counts, and how a run goes on from it.
+"""Training checkpoints: what one holds, when it counts, and how a run resumes from it.
 
 `checkpoints/step_N` holds NeMo's distributed checkpoint (student, optimizer, schedule, loops, consumed samples), the
 source's context (config, tokenizer), and each rank's random state. Its manifest comes last: `checkpoints/manifest.py`.
@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from nemo_tsdkd.checkpoints.atomic import write_whole
 from nemo_tsdkd.checkpoints.manifest import contents, describe, first_whole, folders, step_folder
-from nemo_tsdkd.checkpoints.retention import begin_checkpoint, rotate, seal
+from nemo_tsdkd.checkpoints.retention import begin_checkpoint, finish_checkpoint, rotate
 from nemo_tsdkd.checkpoints.run_lock import Claim, lock
 from nemo_tsdkd.checkpoints.run_record import RunRecord
 from nemo_tsdkd.checkpoints.start_over import FINISHED, LAST_STEP
@@ -36,16 +36,16 @@ from nemo_tsdkd.distributed.signals import STOP_SIGNALS
 from nemo_tsdkd.megatron.checkpoints.load import find_damage_together
 
 
-def start_writers_queue() -> None:
-    """Begin the process by which Megatron's writers report, where no stop signal reaches it.
+def start_results_process() -> None:
+    """Start the process that Megatron's saving processes report to, with the stop signals blocked.
 
-    The signal that asks for a checkpoint goes to every process of the job, on some clusters also to this one, without
-    which nothing can be saved. Started at the first save it would have the signals' default action: to end.
+    A cluster may send a stop signal to every process of the job. This process must survive it, or nothing can be saved;
+    if it were started at the first save, the signal would end it.
     """
-    for begin in (resource_tracker.ensure_running, filesystem_async._get_write_results_queue):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # each time: ensure_running unblocks SIGTERM
+    for start in (resource_tracker.ensure_running, filesystem_async._get_write_results_queue):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # twice, since ensure_running unblocks SIGTERM
         try:
-            begin()  # a new process inherits the block and keeps it
+            start()  # a new process inherits the blocked signals
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -79,11 +79,10 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
 
 @dataclass(frozen=True)
 class RunCheckpoints:
-    """The checkpoints of one run, and what else its folder says of how far it got. Holds no state of its own: NeMo
-    copies it with the callback."""
+    """The checkpoints of one run. Has no changing state, because NeMo copies it with the callback."""
 
     run_dir: Path
-    config: CheckpointConfig
+    settings: CheckpointConfig
     claim: Claim
     record: RunRecord
 
@@ -99,7 +98,7 @@ class RunCheckpoints:
         """
         io, step = trainer.strategy.checkpoint_io, trainer.global_step
         folder = step_folder(self.run_dir, step)
-        if self.config.async_save:
+        if self.settings.async_save:
             io.maybe_finalize_save_checkpoint(blocking=True)  # one unfinished checkpoint at a time
         if dist.get_rank() == 0:
             begin_checkpoint(self.run_dir, step, self.record)
@@ -108,8 +107,8 @@ class RunCheckpoints:
         dist.barrier()
         torch.save(random_state(), _random_file(folder))
         finish = partial(self._finish, step)
-        trainer.save_checkpoint(folder, storage_options={"finalize_fn": finish} if self.config.async_save else None)
-        if not self.config.async_save:
+        trainer.save_checkpoint(folder, storage_options={"finalize_fn": finish} if self.settings.async_save else None)
+        if not self.settings.async_save:
             finish()
         elif wait:
             io.maybe_finalize_save_checkpoint(blocking=True)
@@ -126,8 +125,8 @@ class RunCheckpoints:
         entries: list[Any] = [None] * world_size
         dist.all_gather_object(entries, describe(folder, names[rank::world_size]))
         if rank == 0:
-            seal(folder, {name: entry for part in entries for name, entry in part.items()})
-            rotate(self.run_dir, step, self.record.run, self.config.keep_last, self.config.keep_every)
+            finish_checkpoint(folder, {name: entry for part in entries for name, entry in part.items()})
+            rotate(self.run_dir, step, self.record.run, self.settings.keep_last, self.settings.keep_every)
             write_whole(self.run_dir / LAST_STEP, f"{step}\n".encode())  # the job script reads progress from it
         dist.barrier()
 
