@@ -6,7 +6,7 @@ Every figure comes from a process of its own: inputs first, a small warm-up, the
 what it was (Linux resets and reports it), the returned gradient included, and the fastest of `--repeats` runs.
 `dense` is the `reference` preset as one writes it in PyTorch; `dense+head` starts from hidden states as the fused
 head does. Memory is in multiples of one logits tensor [tokens, V]; the fused rows leave the gradient of the head's
-weight out, which any head returns. Liger-Kernel has the JSD alone: its row stands beside our `gkd` preset.
+weight out, which any head returns. Liger-Kernel has only the JSD: compare its row with our `gkd` preset.
 """
 
 from __future__ import annotations

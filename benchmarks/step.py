@@ -4,7 +4,7 @@
 
 TRL's trainer is what the public recipe builds on: Hugging Face's `generate` for every micro-batch, both models' logits
 on every rank. Student and teacher have the demo's sizes and random weights, 48 prompts a step, 48 new tokens, fp32,
-one process; the learning rate is next to nothing, so that responses stay as long as they are. Ours computes the whole
+one process; the learning rate is almost zero, so that responses stay as long as they are. Ours computes the whole
 `paper` objective in micro-batches of 12; TRL's generalised JSD alone, once with the same micro-batches and once with
 the whole batch as one, its best case. Each runs in a process of its own; medians over the steps after the first two.
 `student` is all that is neither rollout nor teacher: forward, loss, backward, optimizer and the trainer itself.

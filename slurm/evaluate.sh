@@ -10,7 +10,7 @@
 #SBATCH --output=slurm/logs/%x-%j.out
 # Scores of an exported student; TASKS is a group of conf/evaluate (default: paper) or task names joined by commas:
 #   MODEL=/shared/student OUTPUT=/shared/scores.json sbatch slurm/evaluate.sh [-- EVALUATE_OPTION...]
-# Scores are written after each task. Submitted again, it goes on where it was cut off.
+# Scores are written after each task. Submitted again, it continues where it stopped.
 set -euo pipefail
 # shellcheck source=slurm/lib.sh
 source "${TSDKD_HOME:-$SLURM_SUBMIT_DIR}/slurm/lib.sh"

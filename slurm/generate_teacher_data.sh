@@ -11,7 +11,7 @@
 #SBATCH --output=slurm/logs/%x-%j.out
 # Responses of the teacher to the prompts in DATA, for off-policy training (LAMBDA=0 DATA=OUTPUT):
 #   DATA=/shared/prompts.jsonl OUTPUT=/shared/a/responses sbatch slurm/generate_teacher_data.sh [-- HYDRA_OVERRIDE...]
-# CONFIG_NAME names the pair. Submitted again, it goes on where it was cut off.
+# CONFIG_NAME names the pair. Submitted again, it continues where it stopped.
 set -euo pipefail
 # shellcheck source=slurm/lib.sh
 source "${TSDKD_HOME:-$SLURM_SUBMIT_DIR}/slurm/lib.sh"

@@ -90,7 +90,7 @@ step() { # step NAME [SRUN_OPTION...] COMMAND...: on every task; one log for eac
   return "$status"
 }
 
-show_failure() { # show_failure NAME STATUS: the end of the first log that speaks of an error
+show_failure() { # show_failure NAME STATUS: the end of the first log that mentions an error
   local log
   log=$(grep -lE 'Error|error|FAILED' "$LOGS/$1"-*.log 2>/dev/null | head -n 1) || true
   say "$1: exit status $2; from ${log:-its logs}:" >&2
@@ -152,7 +152,7 @@ train() { # train CONFIG [-- HYDRA_OVERRIDE...]
   configure "$@"
   arguments=(--config-name "$config" "${OVERRIDES[@]}")
 
-  # One task first: what is wrong with the arguments is told in seconds and never requeued.
+  # One task first: wrong arguments are reported in seconds and never requeued.
   START_STEP=$(last_step)
   { step check --nodes=1 --ntasks=1 nemo-tsdkd check "${arguments[@]}" &&
     step preflight nemo-tsdkd preflight ${ALLOW_CPU:+--allow-cpu} "${arguments[@]}" &&

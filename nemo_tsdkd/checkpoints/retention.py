@@ -1,7 +1,7 @@
 """Which checkpoints a run may remove: those that it wrote itself and no longer needs, never through a link.
 
-Every checkpoint names its run in `run.json`; while it is being written or removed it also holds a mark. What was found
-damaged, or stands where a new checkpoint is to be written and is not this run's leftover, is renamed and stays.
+Every checkpoint names its run in `run.json`; while it is being written or removed it also holds a mark. What is
+damaged, or has the name of a new checkpoint and is not this run's leftover, is renamed and stays.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def rotate(run_dir: Path, saved: int, run: str, keep_last: int, keep_every: int 
 
 
 def set_aside(path: Path) -> Path:
-    """Give what stands in a checkpoint's place a name that does not count; return it. A link itself is renamed."""
+    """Rename what has a checkpoint's name to one that does not count; return it. Of a link, the link is renamed."""
     names = (path.with_name(f"{path.name}.set_aside{n}") for n in ("", *(f"_{i}" for i in range(2, 10**6))))
     target = next(name for name in names if not os.path.lexists(name))
     path.rename(target)

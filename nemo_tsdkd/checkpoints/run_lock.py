@@ -9,7 +9,7 @@ A holder touches its file every `REFRESH` seconds. It counts as dead
 
 - at once, if its process has ended on this machine, or it was an earlier attempt of this Slurm job;
 - otherwise when its file is older than `STALE` seconds by the disk's own clock. Until then the newcomer waits and
-  watches: a refresh proves the holder alive, and the newcomer gives up.
+  watches: a refresh shows that the holder is alive, and the newcomer gives up.
 
 Readers (export, reports) need no lock.
 """
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that writes a run, and what tells whether it still lives."""
+    """The process that writes a run, and how to find out whether it still runs."""
 
     host: str
     pid: int
@@ -111,7 +111,7 @@ def _acquire(run_dir: Path) -> Claim:
         newest = _newest(run_dir)
         if newest and not _has_ended(run_dir, newest, me):
             raise UserError(
-                f"run_dir = {str(run_dir)!r}: in use by {_read(run_dir, newest) or 'a process that names itself badly'}"
+                f"run_dir = {str(run_dir)!r}: in use by {_read(run_dir, newest) or 'a process with an unreadable lock'}"
                 ". Wait for its end, or give another run_dir."
             )
         claim = Claim(run_dir, newest + 1)

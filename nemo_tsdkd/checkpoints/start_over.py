@@ -48,7 +48,7 @@ def begin(run_dir: Path, damaged: Mapping[Path, str], allowed: bool) -> None:
 def _trace(run_dir: Path, marks: list[Path]) -> str:
     if run_dir / LAST_STEP in marks:
         return f"step {(run_dir / LAST_STEP).read_text(errors='replace').strip()[:20]!r} was saved ({LAST_STEP})"
-    return f"{FINISHED} stands there" if marks else "checkpoints were saved"
+    return f"{FINISHED} exists" if marks else "checkpoints were saved"
 
 
 def _state(run_dir: Path, saved: Mapping[Path, str]) -> str:

@@ -1,1 +1,1 @@
-"""Can this run on these machines? Asked before any model is built."""
+"""Checks, before any model is built, that a run can work on its machines."""

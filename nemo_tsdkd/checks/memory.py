@@ -25,7 +25,7 @@ class Memory:
 
     student_weights_and_grads: int
     student_optimizer: int
-    teacher_weights: int  # without those that `teacher.offload_weights` brings back for the teacher's pass alone:
+    teacher_weights: int  # without those that `teacher.offload_weights` loads for the teacher's pass only:
     offloaded_weights: int
     activations: int
     loss: int
@@ -34,7 +34,7 @@ class Memory:
 
     @property
     def resident(self) -> int:
-        """What stays on the GPU for the whole run."""
+        """Bytes that stay on the GPU for the run."""
         return self.student_weights_and_grads + self.student_optimizer + self.teacher_weights
 
     @property
@@ -45,7 +45,7 @@ class Memory:
 
     @property
     def weights(self) -> int:
-        """Weights, gradients and optimizer: what no smaller batch lowers."""
+        """Weights, gradients and optimizer: a smaller batch does not lower them."""
         return self.resident + self.offloaded_weights
 
 
@@ -101,7 +101,7 @@ def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Me
 def _loss(
     config: TrainConfig, tokens: int, student: ModelShape, teacher: ModelShape, student_bytes: int, teacher_bytes: int
 ) -> int:
-    """Bytes of the objective over a micro-batch of `tokens`, beside the models' own activations."""
+    """Bytes that the objective adds for a micro-batch of `tokens`."""
     tp = config.parallel.tensor_model_parallel_size
     columns = student.padded_vocab(tp) // tp
     tile = min(tokens * columns, config.objective.tile_logits or TILE_LOGITS["cuda"])

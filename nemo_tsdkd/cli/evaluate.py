@@ -1,6 +1,6 @@
 """`nemo-tsdkd evaluate`: an exported Hugging Face folder on benchmarks of lm-evaluation-harness.
 
-Scores are written after each task; the same command goes on with those that are missing.
+Scores are written after each task; the same command continues with the missing ones.
 """
 
 from __future__ import annotations
@@ -122,13 +122,13 @@ def evaluate(
         raise UserError(f"evaluation needs lm-eval ({e}): pip install 'lm-eval[hf,ifeval]==0.4.13'.") from e
     import torch
 
-    # The harness reads all its 14,000 task files: only where they are asked for.
+    # The harness reads all its 14,000 task files: only if no --include-path replaces them.
     manager = TaskManager(
         include_path=str(include_path) if include_path else None, include_defaults=include_path is None
     )
     check_tasks(tasks, manager, allow_code_execution)
     if allow_code_execution:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks once more
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric requires it, too
     with readable_folder(model) as folder:
         loaded = get_model("hf")(
             pretrained=str(folder),
@@ -164,5 +164,5 @@ def check_tasks(tasks: Sequence[str], manager: Any, allow_code_execution: bool) 
     if runs_code and not allow_code_execution:
         raise UserError(
             f"--tasks: {', '.join(runs_code)} runs the code that the model writes on this machine. In a container "
-            "that may be lost, add --allow-code-execution; else leave it out."
+            "that you can discard, add --allow-code-execution; else leave the task out."
         )

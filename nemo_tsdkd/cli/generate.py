@@ -1,7 +1,7 @@
 """`nemo-tsdkd generate`: responses of the teacher or the student, written to files that `nemo-tsdkd train` reads.
 
 Teacher-written data for `rollout.lmbda: 0.0` and sequence-level distillation, or rollouts made apart from training.
-A run that was cut off goes on with the shards that are missing, and writes the same responses as one that was not.
+An interrupted run continues with the missing shards and writes the same responses as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`nemo-tsdkd generate --config-name NAME --model student|teacher --output DIR [key=value ...]`.
 
     The configuration is that of a training run, valid as a whole; `data`, `rollout`, `parallel`, `seed` and the
-    writing model's section decide the responses.
+    generating model's section decide the responses.
     """
     place = launch.environment()
     parser = argparse.ArgumentParser(prog="nemo-tsdkd generate", description=main.__doc__)
     add_config_arguments(parser)
-    parser.add_argument("--model", choices=("student", "teacher"), required=True, help="who writes")
+    parser.add_argument("--model", choices=("student", "teacher"), required=True, help="which model generates")
     parser.add_argument("--output", type=Path, required=True, help="folder of shards; an unfinished one is continued")
     parser.add_argument("--format", choices=FORMATS, default="jsonl")
     parser.add_argument("--shard-size", type=int, help="prompts in one file; default: up to 1024, work for every copy")

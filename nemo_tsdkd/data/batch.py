@@ -32,7 +32,7 @@ def make_micro_batches(
 ) -> list[MicroBatch]:
     """Cut the sequences `prompt + response` into micro-batches of rows of about the same length.
 
-    The longest come first: what does not fit into memory then fails at once and not in the middle of a step. Rows of
+    The longest come first: if they do not fit into memory, the step fails at once and not in its middle. Rows of
     one length keep the order of their `sample.index`, so the cut does not depend on the order of `samples`.
 
     Args:

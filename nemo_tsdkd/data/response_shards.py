@@ -1,4 +1,4 @@
-"""A folder of responses in files that appear whole or not at all, so that writing them can be cut off and continued."""
+"""A folder of responses in files that appear complete or not at all, so that an interrupted job can continue."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ class Shards:
         return [shard for shard in range(ceil_div(rows, self.size)) if not self._path(shard).exists()]
 
     def rows_of(self, shard: int, rows: int) -> range:
-        """Indices of the prompts, of `rows` in all, that one shard answers."""
+        """Indices of one shard's prompts, of `rows` in all."""
         return range(shard * self.size, min((shard + 1) * self.size, rows))
 
     def write(self, shard: int, records: list[dict[str, Any]]) -> None:
-        """Put one shard into its place, whole."""
+        """Write one shard: its file appears complete or not at all."""
         if self.format == "jsonl":
             content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
         else:

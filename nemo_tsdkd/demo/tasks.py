@@ -59,7 +59,7 @@ def estimate(problem: Problem) -> str:
 
 
 def is_solved(problem: Problem, response: str) -> bool:
-    """Whether reasoning-gym's verifier accepts what stands after the response's last `Answer:`."""
+    """Whether reasoning-gym's verifier accepts the text after the response's last `Answer:`."""
     _, found, answer = response.rpartition("Answer:")
     return bool(found) and get_score_answer_fn(TASK)(answer.strip(), problem) == 1.0
 

@@ -1,1 +1,1 @@
-"""How the ranks meet, and who holds which token ids."""
+"""How ranks connect, and which rank holds which token ids."""

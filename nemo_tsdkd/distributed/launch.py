@@ -1,8 +1,8 @@
-"""Where this process stands among the ranks: read once, before anything initialises torch.distributed.
+"""This process's rank: read once, before anything initialises torch.distributed.
 
-torchrun's variables are taken as they are. Under `srun` the same variables are derived from Slurm's, so that one
-launch line serves every cluster and no rank needs torchrun; pyxis and enroot set some of them for PyTorch's images, and
-those are set anew. Imports no torch.
+torchrun's variables are used as they are. Under `srun` they are derived from Slurm's, so that one command works on
+every cluster without torchrun; pyxis and enroot set some of them for PyTorch's images, and those are replaced.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SLURM = "slurm-"  # begins the run id that we set for srun's ranks
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's place: ranks count tasks over all nodes, `node` counts nodes; both start at 0."""
+    """This process's rank and addresses: ranks count tasks over all nodes, `node` counts nodes; both start at 0."""
 
     rank: int
     local_rank: int
@@ -57,9 +57,9 @@ def hosts() -> list[str]:
 
 
 def environment() -> Launch:
-    """Set RANK, LOCAL_RANK, WORLD_SIZE, GROUP_RANK, MASTER_ADDR and MASTER_PORT; return what they say.
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, GROUP_RANK, MASTER_ADDR and MASTER_PORT; return their values.
 
-    Order of belief: torchrun's variables (it also sets TORCHELASTIC_RUN_ID), then the Slurm step's, then those of
+    Order of precedence: torchrun's variables (it also sets TORCHELASTIC_RUN_ID), then the Slurm step's, then those of
     another launcher, then a world of one. MASTER_ADDR and MASTER_PORT stay as they are. Call it once per process,
     before torch.distributed or Lightning is set up.
 

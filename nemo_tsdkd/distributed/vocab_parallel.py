@@ -1,8 +1,8 @@
-"""The vocabulary split over tensor-parallel ranks: who holds which token ids, and the collectives that need it.
+"""The vocabulary split over tensor-parallel ranks: which rank holds which token ids, and collectives over it.
 
 Rank r of `tp_group` holds columns `[r * V_local, (r + 1) * V_local)` of the padded vocabulary, as Megatron shards it.
-A group of None, or of one rank, is the dense case: no function here then communicates. Nothing here is
-differentiated except `head_rows`, whose backward is stated beside it.
+A group of None, or of one rank, is the dense case: then no function here communicates. Only
+`head_rows` is differentiable; its docstring states the backward.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def all_gather(values: Tensor, group: Group) -> Tensor:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Which of the teacher's columns a rank needs to stand beside the student's, and where they lie.
+    """Which of the teacher's columns match a rank's student columns, and which ranks hold them.
 
     The two models may pad the same vocabulary to different widths, so that a rank's columns are different token ids
     in each. Columns are given in the teacher's local numbering.
 
     Attributes:
-        uneven: the two padded widths differ, so that columns may have to change hands.
+        uneven: the two padded widths differ, so ranks may have to exchange columns.
         width: true token ids among this rank's student columns; columns from there on are padding.
-        own: what this rank holds itself, (first, end).
+        own: columns that this rank holds itself, (first, end).
         send: (first, end) for each destination rank; empty for itself.
-        receive: number of columns from each source rank; lower ranks' columns lie left of `own`, higher ones' right.
+        receive: number of columns from each source rank; those of lower ranks belong left of `own`, others right.
     """
 
     uneven: bool
@@ -66,10 +66,10 @@ class Overlap:
     def between(cls, vocab_size: int, student_width: int, teacher_width: int, group: Group) -> Overlap:
         rank, ranks = group_rank(group), range(group_size(group))
 
-        def part(holder: int, asker: int) -> tuple[int, int]:
-            """True token ids that `holder` has of the teacher and `asker` of the student, in holder's numbering."""
-            first = max(holder * teacher_width, asker * student_width)
-            end = min((holder + 1) * teacher_width, (asker + 1) * student_width, vocab_size)
+        def part(holder: int, user: int) -> tuple[int, int]:
+            """True token ids that `holder` has of the teacher and `user` of the student, in holder's numbering."""
+            first = max(holder * teacher_width, user * student_width)
+            end = min((holder + 1) * teacher_width, (user + 1) * student_width, vocab_size)
             return (first - holder * teacher_width, max(first, end) - holder * teacher_width)
 
         return cls(
@@ -81,7 +81,7 @@ class Overlap:
         )
 
     def exchange(self, sent: list[Tensor], group: Group) -> tuple[Tensor, Tensor]:
-        """What lies left and right of `own`, [c, ...] each, from blocks of columns [c, ...], one for each rank.
+        """The columns left and right of `own`, [c, ...] each. `sent` holds one block of columns [c, ...] for each rank.
 
         One all-to-all of the few columns by which the two paddings differ; none where the widths are equal.
         """
@@ -96,7 +96,7 @@ class Overlap:
 def top_k_by_id(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of [n, V], ordered by (score descending, column ascending): values, columns [n, k].
 
-    `torch.topk` leaves open which of several equal scores it takes, and in bf16 equal scores are the rule.
+    `torch.topk` does not say which of several equal scores it returns, and in bf16 equal scores are common.
     """
     kth = scores.topk(k).values[:, -1:]
     above_or_tied = (scores > kth).int() + (scores >= kth).int()

@@ -1,4 +1,4 @@
-"""Feeds samples to NeMo: Megatron's sampler gives each data-parallel rank its share and remembers what was consumed."""
+"""Feeds samples to NeMo: Megatron's sampler gives each data-parallel rank its share and counts what was consumed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SampleModule(pl.LightningDataModule):
         return {"consumed_samples": self.data_sampler.compute_consumed_samples(steps), "order": self._order()}
 
     def _order(self) -> dict[str, int | str]:
-        """What the order of samples depends on, by the field that sets it; 64 prompts stand for the data's content."""
+        """What the order of samples depends on, by the field that sets it; 64 prompts represent the data."""
         rows = len(self.dataset)
         some = [self.dataset[i * rows // 64].prompt_ids for i in range(64)]
         return {
@@ -66,7 +66,7 @@ class SampleModule(pl.LightningDataModule):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the checkpoint's run was.
+        """Resume at the checkpoint's number of consumed samples.
 
         Raises:
             UserError: on every rank, if samples would come in another order or from other data.
@@ -74,8 +74,8 @@ class SampleModule(pl.LightningDataModule):
         for field, value in self._order().items():
             if value != state["order"][field]:
                 raise UserError(
-                    f"{field} = {value}: this run began with {state['order'][field]}, and a resumed run goes on in the "
-                    "same order. Give the same value, or begin another run_dir from this one's export."
+                    f"{field} = {value}: this run began with {state['order'][field]}, and a resumed run keeps its "
+                    "order of samples. Give the same value, or start another run_dir from this one's export."
                 )
         self.data_sampler.init_consumed_samples = state["consumed_samples"]
         self.data_sampler.prev_consumed_samples = state["consumed_samples"]

@@ -1,4 +1,4 @@
-"""What both models need of a Megatron GPT chunk: its bare module, its final hidden states, its head."""
+"""Helpers for a Megatron GPT chunk of either model: its bare module, its final hidden states, its head."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def head_weight(gpt: MCoreGPTModel) -> Tensor:
 def vocab_parallel_logits(gpt: MCoreGPTModel, hidden: Tensor) -> Tensor:
     """Logits `[S, B, V/TP]` of final hidden states `[S (/TP), B, H]` through the model's own output layer."""
     weight = head_weight(gpt)
-    # The mixed-precision wrapper hands over fp32: the cast back is exact, and the head runs in its own dtype.
+    # The mixed-precision wrapper returns fp32: the cast back is exact, and the head runs in its own dtype.
     logits, _ = gpt.output_layer(hidden.to(weight.dtype), weight=weight)
     return logits
 

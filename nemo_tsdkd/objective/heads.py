@@ -104,7 +104,7 @@ class FusedHead:
     Attributes:
         student, teacher: hidden states; teacher's width may differ.
         student_weight: [V_local, H_s]; columns beyond the true vocabulary are not read and get no gradient.
-        teacher_weight: pieces [c, H_t] that in order stand beside the student's columns (vocab_parallel.Overlap).
+        teacher_weight: pieces [c, H_t] that in order match the student's columns (vocab_parallel.Overlap).
     """
 
     student: Tensor

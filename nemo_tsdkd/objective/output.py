@@ -24,7 +24,7 @@ class Metrics(NamedTuple):
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """The loss of one call and what a user watches beside it.
+    """The loss of one call and its metrics.
 
     Under tensor and context parallelism every rank holds the same values: those of the whole sequences. Sums over
     sequences add up over micro-batches and data-parallel ranks; divided by the added `num_sequences` they are the

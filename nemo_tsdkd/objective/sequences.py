@@ -1,4 +1,4 @@
-"""Where a rank's tokens stand in whole sequences: batches, packed rows, and context parallelism.
+"""The positions of a rank's tokens in whole sequences: batches, packed rows, and context parallelism.
 
 Selections and means belong to whole sequences, logits to a rank's slice of them. The two meet here: per-token
 entropies are gathered over `cp_group`, put in order, judged, and the verdicts handed back to each rank's tokens.

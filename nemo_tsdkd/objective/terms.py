@@ -1,4 +1,4 @@
-"""The formulas of docs/math.md, each once: its value and, beside it, its gradient with respect to the logits.
+"""The formulas of docs/math.md, each once: its value, then its gradient with respect to the logits.
 
 Shapes: n tokens, V columns (a tile of a rank's vocabulary columns); z logits after the temperature, log_s and log_t
 log-probabilities of student and teacher. Everything is plain tensor algebra on one rank; sums over columns are
@@ -18,7 +18,7 @@ from torch import Tensor
 from nemo_tsdkd.config.schema import ObjectiveConfig
 from nemo_tsdkd.objective.registry import Registry
 
-# Stands for -inf, so that a column without probability gives 0 * finite instead of NaN.
+# Replaces -inf, so that a column without probability gives 0 * finite instead of NaN.
 FLOOR = -1e30
 
 

@@ -61,7 +61,7 @@ def reference_weights(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
     running = fixed_point(h).cumsum(0)
     total = running[-1:].double()
     opener_columns = (running < config.threshold * total - SLACK * (total + len(h) * 2.0**32)).sum()
-    # The public trainer cuts its prompts off first: its column 0 is the row's first response position.
+    # The public trainer removes the prompts first: its column 0 is the row's first response position.
     begins = response & (tokens.before(response.long()) == 0)
     column = tokens.position - tokens.total(torch.where(begins, tokens.position, 0))
     opener = response & (column < opener_columns)

@@ -3,7 +3,7 @@
 A token is drawn by the Gumbel-max rule: `argmax_v (z_v / temperature + g_v)` with independent Gumbel noise `g_v` is a
 sample of the softmax. Each tensor-parallel rank takes the maximum of its own shard, so ranks exchange one pair
 (score, token) per sequence. The noise is a function of the counters (seed, step, sample, position, token) and not of
-a generator's state: neither the layout nor the batch a sequence happens to share changes what it says.
+a generator's state: neither the layout nor the other sequences of its batch change a response.
 
 Shapes: `B` sequences, `V_local` this rank's columns of the padded vocabulary. Without a `tp_group`, or with one of a
 single rank, the vocabulary is whole.
@@ -24,9 +24,9 @@ _GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 _ROOT = 0x6A09E667F3BCC908  # key of the empty counter
-NO_TOKEN = -1  # stands where nothing could be drawn
+NO_TOKEN = -1  # in place of a token where none could be drawn
 _COLDEST = 1e-30  # below it a draw is the argmax: noise of at most 45 nats then parts no two logits
-_ON_POLICY = -1  # stands where a sample id would, and none is negative
+_ON_POLICY = -1  # in place of a sample id, which is never negative
 
 
 def _xor_shift(x: Tensor, bits: int) -> Tensor:

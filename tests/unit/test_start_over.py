@@ -73,7 +73,7 @@ LOSSES = {
             (run / "checkpoints").rename(run / "elsewhere"),
             (run / "last_step").rename(run / "FINISHED"),
         ),
-        "FINISHED stands there, but no checkpoint is whole: checkpoints/ is absent",
+        "FINISHED exists, but no checkpoint is whole: checkpoints/ is absent",
     ),
 }
 
