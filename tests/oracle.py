@@ -132,5 +132,6 @@ def loss_sum(student: Tensor, teacher: Tensor, mask: Tensor, config, vocab_size:
         for b in range(mask.shape[1]):
             rows = torch.arange(first, end)[mask[first:end, b]]
             if len(rows):
-                total = total + weighted(sequence_terms(z[rows, b], t[rows, b], config), config)
+                weight = len(rows) if config.reduction == "token" else 1
+                total = total + weight * weighted(sequence_terms(z[rows, b], t[rows, b], config), config)
     return total

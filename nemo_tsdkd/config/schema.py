@@ -27,12 +27,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "entropy_fraction": 0.1,
         "gate_temperature": 1.0,
         "divergence": "jsd",
+        "reduction": "sequence",
     },
     "gkd": _DIRECT_ONLY,
     "forward_kl": {**_DIRECT_ONLY, "beta": 0.0},
     "reverse_kl": {**_DIRECT_ONLY, "beta": 1.0},
 }
 HEADS = ("logits", "fused")
+REDUCTIONS = ("sequence", "token")
 # What one tile of the objective holds by default: a CPU's cache keeps it; a GPU's launches cost little beside it.
 TILE_LOGITS = {"cpu": 2**19, "cuda": 2**23}
 MISSING = "???"  # a field the user must set
@@ -57,6 +59,7 @@ class ObjectiveConfig:
     gate_rule: str = "confidence"
     divergence: str = "jsd"  # of the direct term, by registry name (objective/terms.py)
     extra_terms: dict[str, float] = field(default_factory=dict)  # weight by registry name (objective/extra_terms.py)
+    reduction: str = "sequence"  # sequence | token: every sequence of the batch weighs alike, or every response token
     head: str = "logits"  # logits | fused: fused never holds a [tokens, V/TP] tensor
     tile_logits: int = 0  # fp32 logits of one model that a rank works on at once; 0: TILE_LOGITS of its device
 
@@ -65,6 +68,7 @@ class ObjectiveConfig:
         validation.types(self, "objective.")
         validation.one_of("objective.preset", self.preset, list(PRESETS))
         validation.one_of("objective.head", self.head, HEADS)
+        validation.one_of("objective.reduction", self.reduction, REDUCTIONS)
         validation.share(self, "objective.", "beta", "threshold", "entropy_fraction")
         validation.require(
             self.beta in (0, 1) or 1e-3 <= self.beta <= 1 - 1e-3,

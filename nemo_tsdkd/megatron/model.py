@@ -179,15 +179,18 @@ class TSDKDModel(llm.GPTModel):
             pad_to_multiple=pad_to_multiple(self.train_config, torch.cuda.is_available()),
             device=torch.cuda.current_device(),
         )
-        weight = len(micro_batches) / self._mean_sequences(micro_batches)
+        weight = len(micro_batches) / self._mean_count(micro_batches)
         micro_batches = [context_parallel_slice(batch) for batch in micro_batches]
         hidden = self.teacher.forward(samples, written)
         return [DistillationBatch(batch, share, weight) for batch, share in zip(micro_batches, hidden, strict=True)]
 
-    def _mean_sequences(self, micro_batches: Sequence[MicroBatch]) -> float:
-        """Sequences with a response in the global batch, per data-parallel rank: the loss is their mean, while
-        Megatron averages over micro-batches and data-parallel ranks, which may hold unequal numbers of them."""
-        count = torch.stack([batch["response_mask"].any(1).sum() for batch in micro_batches]).sum()
+    def _mean_count(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """Sequences with a response (or response tokens, by `objective.reduction`) in the global batch, per
+        data-parallel rank: the loss is their mean, while Megatron averages over micro-batches and data-parallel ranks,
+        which may hold unequal numbers of them."""
+        by_token = self._objective.config.reduction == "token"
+        masks = [batch["response_mask"] for batch in micro_batches]
+        count = torch.stack([mask.sum() if by_token else mask.any(1).sum() for mask in masks]).sum()
         group = parallel_state.get_data_parallel_group()
         dist.all_reduce(count, group=group)
         if count == 0:
@@ -247,7 +250,7 @@ class TSDKDLoss(MegatronLossReduction):
     def forward(self, batch: DistillationBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         out = self._loss(batch, hidden)
         # Cloned: Megatron divides the loss in place.
-        report = {"loss": out.loss_sum.detach().clone(), "num_sequences": out.num_sequences, **out.metrics}
+        report = {"loss": out.loss_sum.detach().clone(), "count": out.count, **out.metrics}
         report["broken"] = out.broken
         return out.loss_sum * batch.loss_weight, report
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # The objective's sums over sequences, and its counts, in the order of the reduced vector.
 PER_SEQUENCE = ("loss", *(name for name in Metrics._fields if name != "response_tokens"))
-COUNTS = ("num_sequences", "response_tokens")
+COUNTS = ("count", "response_tokens")
 
 
 class TSDKDStrategy(nl.MegatronStrategy):
@@ -129,7 +129,7 @@ class TSDKDStrategy(nl.MegatronStrategy):
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
         total = dict(zip(names, sums.tolist(), strict=True))
-        means = {name: total[name] / total["num_sequences"] for name in PER_SEQUENCE}
+        means = {name: total[name] / total["count"] for name in PER_SEQUENCE}
         return means | {"response_tokens": int(total["response_tokens"])}
 
     def _not_finite(self, reports: Any, batches: list[DistillationBatch]) -> str | None:

@@ -163,14 +163,18 @@ def _call(
 
 def _run(call: Call, head: Head) -> ObjectiveOutput:
     loss_sum, values, num_sequences, broken = Objective.apply(call, head, *head.tensors)
-    (metrics, extra), count = split_metrics(values), num_sequences.clamp(min=1)
+    metrics, extra = split_metrics(values)
+    by_token = call.objective.config.reduction == "token"
+    count = metrics.response_tokens.long() if by_token else num_sequences
+    divisor = count.clamp(min=1)
     return ObjectiveOutput(
-        loss=loss_sum / count,
+        loss=loss_sum / divisor,
         loss_sum=loss_sum,
         num_sequences=num_sequences,
+        count=count,
         broken=broken,
-        direct=metrics.direct / count,
-        indirect=metrics.indirect / count,
-        entropy=metrics.entropy / count,
+        direct=metrics.direct / divisor,
+        indirect=metrics.indirect / divisor,
+        entropy=metrics.entropy / divisor,
         metrics=metrics._asdict() | dict(zip(call.objective.config.extra_terms, extra, strict=True)),
     )

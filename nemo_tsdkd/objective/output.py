@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 class Metrics(NamedTuple):
-    """What the objective measures. Each is a sum over sequences of the sequence's mean, but for the last."""
+    """What the objective measures. Each is a sum over sequences of the sequence's mean (times the sequence's
+    response tokens with `objective.reduction: token`), but for the last."""
 
     direct: Tensor  # the three terms before their weights
     indirect: Tensor
@@ -27,23 +28,26 @@ class ObjectiveOutput:
     """The loss of one call and its metrics.
 
     Under tensor and context parallelism every rank holds the same values: those of the whole sequences. Sums over
-    sequences add up over micro-batches and data-parallel ranks; divided by the added `num_sequences` they are the
-    figures of the global batch.
+    sequences add up over micro-batches and data-parallel ranks; divided by the added `count` they are the figures of
+    the global batch.
 
     Attributes:
-        loss: scalar with gradient, `loss_sum / num_sequences`; zero where no sequence has a response.
+        loss: scalar with gradient, `loss_sum / count`; zero where no sequence has a response.
         loss_sum: scalar with gradient, the sum over sequences of all terms by their weights (eq. 1).
         num_sequences: int64 scalar, sequences with at least one response token.
+        count: int64 scalar, what the sums are divided by: `num_sequences`, or the response tokens with
+            `objective.reduction: token`.
         broken: int64 [2], the first token, by its sequence in the call and its position there (prompt included), whose
             divergence or entropy is infinite or NaN; -1, -1 where there is none. Under context parallelism, of this
             rank's tokens. A KL is infinite where one model excludes (-inf) a token that the other needs.
-        direct, indirect, entropy: detached scalars, each term before its weight, mean over sequences.
+        direct, indirect, entropy: detached scalars, each term before its weight, divided by `count`.
         metrics: detached scalars by name: the fields of `Metrics`, and the terms of `objective.extra_terms`.
     """
 
     loss: Tensor
     loss_sum: Tensor
     num_sequences: Tensor
+    count: Tensor
     broken: Tensor
     direct: Tensor
     indirect: Tensor

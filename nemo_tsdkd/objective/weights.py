@@ -14,7 +14,10 @@ from nemo_tsdkd.objective.tokens import SLACK, Tokens, fixed_point, slack
 
 @dataclass(frozen=True)
 class TokenWeights:
-    """The weight of each token in the sum over sequences of each term's mean; all fields [n]."""
+    """The weight of each token in the sum over sequences of each term's mean; all fields [n].
+
+    With `objective.reduction: token` the sequences of that sum weigh as much as they have response tokens.
+    """
 
     direct: Tensor
     indirect: Tensor
@@ -38,14 +41,19 @@ def paper_weights(tokens: Tokens, config: ObjectiveConfig) -> TokenWeights:
     gate = RULES[config.gate_rule](tokens, config)
     opener = RULES[config.opener_rule](tokens, config)
     uncertain = RULES[config.entropy_rule](tokens, config)
-    response = _mean(tokens, tokens.response)
+    length = tokens.total(tokens.response) if config.reduction == "token" else 1
+
+    def mean(value: Tensor) -> Tensor:
+        return length * _mean(tokens, value)
+
+    response = mean(tokens.response)
     return TokenWeights(
-        direct=_mean(tokens, gate),
-        indirect=_mean(tokens, opener),
-        entropy=_mean(tokens, uncertain),
+        direct=mean(gate),
+        indirect=mean(opener),
+        entropy=mean(uncertain),
         gate=gate.to(tokens.student_entropy.dtype) * response,
         response=response,
-        opener=_mean(tokens, opener != 0),
+        opener=mean(opener != 0),
     )
 
 

@@ -172,9 +172,10 @@ def test_without_any_response_the_loss_and_its_gradient_are_zero():
     assert out.loss == 0 and out.num_sequences == 0 and not grad.any()
 
 
-def test_the_gradient_does_not_depend_on_how_the_batch_is_cut():
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(reduction):
     """Micro-batches with unequal numbers of responses, or all sequences packed into one row."""
-    case = Case(batch=4, ties=True)
+    case = Case(ObjectiveConfig(reduction=reduction), batch=4, ties=True)
     whole, grad, _ = logits_call(case, torch.float64)
     x = case.tensors(torch.float64)
     student = x["student"].clone().requires_grad_()
@@ -182,6 +183,8 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut():
     sum(out.loss_sum for out in outs).backward()
     torch.testing.assert_close(student.grad, grad, rtol=0, atol=1e-14)
     assert sum(out.num_sequences for out in outs) == whole.num_sequences
+    assert sum(out.count for out in outs) == whole.count
+    torch.testing.assert_close(whole.loss, whole.loss_sum / whole.count)
     for name, value in whole.metrics.items():
         torch.testing.assert_close(sum(out.metrics[name] for out in outs), value)
 

@@ -46,6 +46,11 @@ LOGITS_ERRORS = {
         {"config": ObjectiveConfig(preset="gkd", entropy_weight=0.5)},
         "objective.entropy_weight = 0.5: objective.preset = gkd sets it to 0.0",
     ),
+    "reduction": (
+        {"config": ObjectiveConfig(preset="reference", reduction="token")},
+        "objective.reduction = 'token': objective.preset = reference sets it to sequence",
+    ),
+    "no_reduction": ({"config": ObjectiveConfig(reduction="batch")}, "objective.reduction = 'batch': must be one of"),
     "packed_batch": ({"cu_seqlens": torch.tensor([0, 8])}, "cu_seqlens with 2 rows: a packed call holds one row"),
 }
 
