@@ -69,10 +69,14 @@ def test_how_a_batch_is_cut_and_kept_changes_nothing(change, root, alone, tmp_pa
 
 
 def test_on_policy_steps_equal_those_of_one_process(root, tmp_path):
-    """The student's own responses too: its noise knows seed, step and sample, not ranks."""
-    alone = ranks.run_ranks(run, 1, tiny_run.config(root, tmp_path / "1", 1, lmbda=1.0))[0]
-    config = tiny_run.config(root, tmp_path / "4", 4, lmbda=1.0, **{TP: 2, PP: 2, SP: True})
-    compare(*ranks.run_ranks(run, 4, config)[0], *alone)
+    """The student's own responses too: its noise knows seed, step and sample, not ranks. The loss is the mean over the
+    tokens of the global batch, which four micro-batches, or two on each of two data-parallel ranks, share unevenly."""
+    found = []
+    for world_size, parallel in ((1, {}), (4, {TP: 2, SP: True})):
+        config = tiny_run.config(root, tmp_path / str(world_size), world_size, lmbda=1.0, **parallel)
+        config.objective.reduction = "token"
+        found.append(ranks.run_ranks(run, world_size, config)[0])
+    compare(*found[1], *found[0])
 
 
 @pytest.mark.parametrize("layout", [None, "tp2_pp2_sp"])
