@@ -71,12 +71,11 @@ def prompts(count: int, shortest: int, longest: int) -> list[list[int]]:
 
 def ours(folder: Path) -> Callable[[list[list[int]], list[int]], int]:
     """A function from prompts and end ids to the number of response tokens it wrote."""
-    from nemo_tsdkd.megatron.rollout.dataset import load_for_decoding
-
     from nemo_tsdkd.config.schema import ParallelConfig, RolloutConfig
     from nemo_tsdkd.data.tokenizer import Vocabulary
     from nemo_tsdkd.megatron.checkpoints.load import gpt_config
     from nemo_tsdkd.megatron.rollout.generation import generate
+    from nemo_tsdkd.megatron.rollout.responses import load_for_decoding
 
     model = load_for_decoding(gpt_config(folder / "nemo"), folder / "nemo", ParallelConfig())
 

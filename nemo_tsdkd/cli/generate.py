@@ -7,14 +7,19 @@ An interrupted run continues with the missing shards and writes the same respons
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+from nemo_tsdkd.checkpoints.atomic import require_creatable
 from nemo_tsdkd.checks.setup import check_setup
+from nemo_tsdkd.checks.start import check_weights
 from nemo_tsdkd.config.compose import add_config_arguments, config_from
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.data.response_shards import FORMATS, Shards
 from nemo_tsdkd.distributed import launch
+from nemo_tsdkd.distributed.output import libraries_to
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{place.world_size} ranks were started: must be a multiple of TP x PP = {block}. Start as many copies of "
             "the model as you like, with srun or `torchrun --nproc-per-node N -m nemo_tsdkd generate`."
         )
-    from nemo_tsdkd.megatron.rollout.dataset import write_responses
+    require_creatable("--output", args.output)
+    check_weights(Path(getattr(config, args.model).path))
+    # The scripts of slurm/ give every rank its own log files; elsewhere the ranks of a node share one.
+    log = args.output.with_name(f"{args.output.name}.log")
+    with nullcontext() if "SLURM_JOB_ID" in os.environ else libraries_to(log):
+        from nemo_tsdkd.megatron.rollout.responses import write_responses
 
-    write_responses(config, args.model, Shards(args.output, args.format, args.shard_size or 0))
+        write_responses(config, args.model, Shards(args.output, args.format, args.shard_size or 0))

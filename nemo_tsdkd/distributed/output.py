@@ -55,5 +55,6 @@ def libraries_to(log: Path) -> Iterator[None]:
         for descriptor, original in zip((1, 2), saved, strict=True):
             os.dup2(original, descriptor)
             os.close(original)
-        if log.exists() and log.stat().st_size == 0:
-            log.unlink()
+        with suppress(FileNotFoundError):  # another rank may share it, and be first
+            if log.stat().st_size == 0:
+                log.unlink()

@@ -443,6 +443,25 @@ def test_good_input_starts(place, started, capfd):
     assert [config.student.path for config in started] == [str(place.student)]
 
 
+def test_a_flipped_bit_is_found_by_reading(place, capfd):
+    place.student = place.root / "nemo"
+    shutil.copytree(place.teacher.parent / "nemo", place.student)
+    assert run(capfd, "check", *place.arguments(), "--deep") == (0, "")
+    weights = place.student / "weights" / "__0_0.distcp"
+    weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
+    assert run(capfd, "check", *place.arguments()) == (0, "")  # which compares sizes
+    status, err = run(capfd, "check", *place.arguments(), "--deep")
+    assert status == 2 and "the content of weights/__0_0.distcp has changed" in err
+
+
+def test_what_could_not_be_checked_is_said(place, capfd):
+    place.student = place.root / "nemo"
+    shutil.copytree(place.teacher.parent / "nemo", place.student)
+    (place.student / "manifest.json").unlink()
+    nemo_tsdkd.cli.main.main(["check", *place.arguments()])
+    assert f"# not checked: the content of {place.student}, which has no manifest\n" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     "error",
     [

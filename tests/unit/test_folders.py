@@ -1,11 +1,14 @@
 """A model folder is known by its content, and its assets travel without its weights."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from nemo_tsdkd.checkpoints.atomic import read_json
+from nemo_tsdkd.checkpoints.foreign import require_harmless
 from nemo_tsdkd.checkpoints.model_folder import content_key, copy_assets
+from nemo_tsdkd.config.validation import UserError
 
 FILES = {
     "config.json": '{"model_type": "qwen2"}',
@@ -57,6 +60,23 @@ def test_assets_are_copied_without_weights_code_or_index(folder, tmp_path):
     copy_assets(folder, tmp_path / "assets")
     copied = {path.name for path in (tmp_path / "assets").iterdir()}
     assert copied == {"config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja"}
+
+
+def test_links_stay_inside_the_folder_or_the_cache_it_lies_in(folder, tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    blob = (snapshot / "tokenizer.json").rename(tmp_path / "models--a--b" / "blobs" / "4567")
+    (snapshot / "tokenizer.json").symlink_to(Path("..", "..", "blobs", "4567"))  # as huggingface_hub writes it
+    (snapshot / "again.json").symlink_to("tokenizer.json")
+    require_harmless(snapshot)
+    (tmp_path / "linked").symlink_to(snapshot)  # the folder itself may be one
+    require_harmless(tmp_path / "linked")
+    secret = blob.rename(tmp_path / "secret")
+    (snapshot / "other.json").symlink_to(secret)
+    with pytest.raises(UserError, match=r"other.json: is a link to .*secret, outside of the model's folder"):
+        require_harmless(snapshot)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\udcff"])

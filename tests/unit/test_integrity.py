@@ -63,6 +63,7 @@ DAMAGES = {
     "bit flipped": (flip_a_bit, "the content of weights/__2_0.distcp has changed"),
     "file missing": (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
     "manifest cut": (lambda folder: (folder / "manifest.json").write_text('{"state.json": {'), "manifest cannot"),
+    "manifest empty": (lambda folder: (folder / "manifest.json").write_text("{}"), "its manifest lists no file"),
     "manifest of another kind": (lambda folder: (folder / "manifest.json").write_text("[1]"), "manifest cannot"),
 }
 
