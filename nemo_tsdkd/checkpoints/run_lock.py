@@ -149,10 +149,10 @@ def _has_ended(run_dir: Path, number: int, me: Holder) -> bool:
     if holder:
         if holder.released:
             return True
+        if holder.job is not None and holder.job == me.job and holder.restarts != me.restarts:
+            return True  # Slurm has ended that attempt; what may be left of it on a lost node finds this one's lock
         if holder.machine == me.machine:
             return _process_start(holder.pid) != holder.process_start
-        if holder.job is not None and (holder.job, holder.restarts) != (me.job, me.restarts) and holder.job == me.job:
-            return True
     path = _path(Claim(run_dir, number))
     logger.info("%s: held by %s: watching whether it is alive.", path, holder or "an unnamed process")
     refreshed = _modified(path)

@@ -124,6 +124,15 @@ def test_a_requeued_job_does_not_wait_for_its_earlier_attempt(job, restarts, wai
     assert bool(watched) is waits
 
 
+def test_an_earlier_attempt_of_the_job_that_is_still_dying_is_no_reason_to_wait(held_elsewhere, tmp_path, monkeypatch):
+    path = tmp_path / "lock" / "1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"job": "12", "restarts": "0"}))
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with lock(tmp_path) as claim:
+        assert claim.number == 2 and held_elsewhere.poll() is None
+
+
 def test_a_writer_of_another_machine_is_watched_until_its_lock_is_stale(tmp_path, soon):
     left_by(tmp_path, **ELSEWHERE)
     started = time.monotonic()
