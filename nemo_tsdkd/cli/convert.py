@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_tsdkd.checkpoints.atomic import appearing_folder, full_disk_told, require_creatable
+from nemo_tsdkd.checkpoints.completeness import require_complete
 from nemo_tsdkd.checkpoints.foreign import require_harmless
 from nemo_tsdkd.checkpoints.manifest import CHECKPOINTS, find_damage, has_manifest, newest_whole, seal_folder
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint, require_importable
-from nemo_tsdkd.checkpoints.tensor_files import stored_tensors
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.distributed.output import libraries_to
 
@@ -28,9 +28,9 @@ def import_main(argv: Sequence[str] | None = None) -> None:
     if args.source.is_dir():
         require_harmless(args.source)
     require_importable(args.source)
-    stored_tensors(args.source)
     if has_manifest(args.source) and (damage := find_damage(args.source)):
         raise UserError(f"--source = {args.source}: {damage}. Export or copy the model again.")
+    require_complete(args.source)
     with _output(args.output) as folder:
         from nemo_tsdkd.megatron.checkpoints.convert import import_hf
 

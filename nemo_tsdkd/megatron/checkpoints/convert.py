@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from nemo_tsdkd.checkpoints.atomic import read_json
+from nemo_tsdkd.checkpoints.completeness import require_complete
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, copy_assets, restore_assets
 from nemo_tsdkd.checkpoints.transformers5 import translate_assets
 from nemo_tsdkd.megatron.checkpoints.hf import CLASSES, config_from_hf, require_equal_logits, to_hf, to_megatron
@@ -56,6 +57,7 @@ def export_hf(checkpoint: Path, output: Path) -> None:
     """Write the model of any of our checkpoints as a Hugging Face folder, in the vocabulary's original width.
 
     Raises:
+        UserError: the checkpoint's weights are not those of its config.json.
         RuntimeError: the two models' logits differ.
     """
     assets = checkpoint / HF_ASSETS
@@ -67,6 +69,7 @@ def export_hf(checkpoint: Path, output: Path) -> None:
     hf_model.save_pretrained(output)
     restore_assets(assets, output)  # the source's generation_config.json too, which transformers might refuse to write
     del hf_model
+    require_complete(output)
     require_equal_logits(output, model.module, assets)
 
 

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from nemo_tsdkd.checkpoints.atomic import read_json
-from nemo_tsdkd.checkpoints.hf_config import rope
+from nemo_tsdkd.checkpoints.hf_config import check_config, rope
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +73,15 @@ def config_from_hf(folder: Path) -> llm.GPTConfig:
     """NeMo's GPT config for a Hugging Face folder; reads its JSON files only.
 
     Raises:
-        UserError: its rotary embedding is none that NeMo's models have.
+        UserError: its config.json asks for something that NeMo's models do not do.
     """
+    path = folder / "config.json"
+    check_config(read_json(path), path)
     hf = AutoConfig.from_pretrained(folder)
     dtype = dtype_from_hf(hf)
     config_class, _ = CLASSES[hf.model_type]
     fields: dict[str, Any] = {}
-    position = rope(read_json(folder / "config.json"), folder / "config.json")
+    position = rope(read_json(path), path)
     if position.scaling:
         config_class = Llama31Config
         fields = {

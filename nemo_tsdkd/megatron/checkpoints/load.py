@@ -8,16 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from nemo.collections import llm
 
 import nemo_tsdkd.megatron.cpu as cpu
+from nemo_tsdkd.checkpoints.completeness import listed
 from nemo_tsdkd.checkpoints.foreign import require_harmless
 from nemo_tsdkd.checkpoints.manifest import find_damage, has_manifest
 from nemo_tsdkd.checkpoints.model_folder import (
@@ -48,7 +51,7 @@ def resolve(path: str | Path, cache_dir: Path) -> Path:
 
     Raises:
         UserError: `path` is neither kind of folder, could run code, is not as its manifest says, or is a Hugging Face
-            folder that cannot be imported.
+            folder that cannot be imported or lacks weights.
         HostError: the disk for the import is full.
         RuntimeError: the import failed; every rank raises it.
     """
@@ -92,11 +95,17 @@ def gpt_config(checkpoint: Path) -> llm.GPTConfig:
     checkpoint it is what the context says, as far as that names NeMo's configs only.
 
     Raises:
-        UserError: the checkpoint is damaged, or could run code.
+        UserError: the checkpoint is damaged, or could run code, or its embedding is shorter than its vocabulary.
     """
     assets = checkpoint / HF_ASSETS
     config = config_from_hf(assets) if assets.is_dir() else read_gpt_config(checkpoint)
-    dtype = _stored_tensors(checkpoint)[f"{_PREFIX}embedding.word_embeddings.weight"].dtype
+    embedding = _stored_tensors(checkpoint)[f"{_PREFIX}embedding.word_embeddings.weight"]
+    if config.vocab_size is not None and embedding.global_shape[0] < config.vocab_size:
+        raise UserError(
+            f"{checkpoint}: its embedding has {embedding.global_shape[0]} rows, but its config a vocabulary of "
+            f"{config.vocab_size}: rows would be missing. Import the model again."
+        )
+    dtype = embedding.dtype
     config.params_dtype, config.bf16, config.fp16 = dtype, dtype == torch.bfloat16, dtype == torch.float16
     for fusion in cpu.missing_kernels:
         setattr(config, fusion, False)
@@ -110,12 +119,14 @@ def load_weights(module: MCoreGPTModel, checkpoint: Path) -> None:
     and the head beyond those in the file become zero; rows of the file beyond the module's are left out.
 
     Raises:
-        UserError: the checkpoint and the model do not have the same parameters.
+        UserError: the checkpoint and the model do not have the same parameters, or one has another shape.
     """
     assert not any(p.is_meta for p in module.parameters()), "weights loaded into the meta device are lost"
+    needed = module.sharded_state_dict(prefix=_PREFIX)
+    _require_shapes(needed, checkpoint)
     with told_in_words(checkpoint):
         state, missing, unexpected = dist_checkpointing.load(
-            module.sharded_state_dict(prefix=_PREFIX),
+            needed,
             str(checkpoint / "weights"),
             strict=StrictHandling.RETURN_ALL,
         )
@@ -124,8 +135,8 @@ def load_weights(module: MCoreGPTModel, checkpoint: Path) -> None:
     unexpected = {k for k in unexpected if "_extra_state" not in k}
     if missing or unexpected:
         raise UserError(
-            f"{checkpoint}: not this model's weights. In the file only: {sorted(missing) or 'nothing'}; "
-            f"in the model only: {sorted(unexpected) or 'nothing'}. Import the model again."
+            f"{checkpoint}: not this model's weights. In the file only: {listed(sorted(missing)) or 'nothing'}; "
+            f"in the model only: {listed(sorted(unexpected)) or 'nothing'}. Import the model again."
         )
     weights = {k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)}
     absent, _ = module.load_state_dict(weights, strict=False)
@@ -159,6 +170,23 @@ def load_head(config: llm.GPTConfig, checkpoint: Path, tp_group: dist.ProcessGro
     # Ranks outside of `tp_group` read the same shards: who owns which is nothing to check.
     state = dist_checkpointing.load({"head": shard}, str(checkpoint / "weights"), validate_access_integrity=False)
     return state["head"]
+
+
+def _require_shapes(needed: dict[str, Any], checkpoint: Path) -> None:
+    """Raise UserError where a stored tensor is not of the model's shape; embedding and head may differ in rows."""
+    stored = _stored_tensors(checkpoint)
+    for part in needed.values():
+        tensors = nested_values(part.build()) if isinstance(part, ShardedTensorFactory) else [part]
+        for tensor in tensors:
+            if not isinstance(tensor, ShardedTensor) or tensor.key not in stored:
+                continue
+            rows = 1 if tensor.allow_shape_mismatch else 0
+            found, shape = list(stored[tensor.key].global_shape[rows:]), list(tensor.global_shape[rows:])
+            if found != shape:
+                raise UserError(
+                    f"{checkpoint}: {tensor.key} has the shape {found}, but the model's has {shape}"
+                    f"{', rows aside' if rows else ''}. Import the model again."
+                )
 
 
 def _stored_tensors(checkpoint: Path) -> dict:
