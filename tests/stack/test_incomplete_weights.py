@@ -100,6 +100,7 @@ def errors_of_exports(root: Path, cases: dict[str, dict]) -> dict[str, str]:
     for i, (kind, change) in enumerate(cases.items()):
         checkpoint = root / f"checkpoint_{i}"
         shutil.copytree(root / "nemo", checkpoint)
+        (checkpoint / "manifest.json").unlink(missing_ok=True)  # it would tell of the change first
         path = checkpoint / "context" / "huggingface" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
         for to in ("hf", "nemo"):
