@@ -22,7 +22,7 @@ from nemo_tsdkd.distributed.signals import follow_launcher, leave_at_once
 def train_main(argv: Sequence[str]) -> None:
     place = launch.environment()
     command = launch.command_line(["train", *argv])
-    leave_at_once(command, speaks=place.rank == 0)
+    leave_at_once(command, prints=place.rank == 0)
     follow_launcher()
     from nemo_tsdkd.checks.setup import check_ranks, check_setup
     from nemo_tsdkd.checks.start import check_start
@@ -110,19 +110,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below; each has its --help")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
     args = parser.parse_args(argv)
-    # One voice a node: all ranks meet a bad configuration alike, but a missing file may be missing on one node only.
-    speaks = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
-    if not (speaks and sys.stderr.isatty()):
+    # One rank of each node prints: a bad configuration is the same on all, but a file may be missing on one node only.
+    prints = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+    if not (prints and sys.stderr.isatty()):
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # not one bar a rank, nor one in a log file
     warnings.filterwarnings("ignore", message="The pynvml package is deprecated")  # torch's import, not the user's
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    logging.getLogger("nemo_tsdkd").setLevel(logging.INFO if speaks else logging.WARNING)
+    logging.getLogger("nemo_tsdkd").setLevel(logging.INFO if prints else logging.WARNING)
     try:
         COMMANDS[args.command][0](args.arguments)
     except (UserError, HostError, OSError) as e:
         if args.traceback or not (isinstance(e, UserError | HostError) or is_of_the_host(e)):
             raise
-        if speaks:
+        if prints:
             said = [str(e), *getattr(e, "__notes__", [])]
             print(f"nemo-tsdkd: error: {' '.join(' '.join(said).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(e, UserError) else 1)

@@ -1,4 +1,4 @@
-"""Who speaks on the terminal: the program, in its own lines. What libraries print, and tracebacks, go to a log file."""
+"""What the terminal shows: the lines of the program itself. What libraries print, and tracebacks, go to a log file."""
 
 from __future__ import annotations
 

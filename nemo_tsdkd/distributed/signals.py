@@ -52,16 +52,16 @@ def on_stop_signals(handler: Handler) -> None:
             signal.signal(signum, once if signum == signal.SIGINT else handler)
 
 
-def leave_at_once(command: str, speaks: bool) -> None:
+def leave_at_once(command: str, prints: bool) -> None:
     """Until training begins, let a stop signal end this process: there is nothing to save.
 
     Args:
         command: what to type to start again.
-        speaks: whether this is the rank that says so on stderr.
+        prints: whether this rank writes the line to stderr.
     """
 
     def leave(signum: int, frame: FrameType | None) -> None:
-        if speaks:
+        if prints:
             line = f"nemo-tsdkd: {signal.Signals(signum).name}: stopped before the first step of this attempt, nothing "
             os.write(terminal_descriptor(), f"{line}to save. Start again with: {command}\n".encode())
         os._exit(128 + signum)

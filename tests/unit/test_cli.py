@@ -25,7 +25,7 @@ def one_process(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_LOCALID", HF_BARS):
         monkeypatch.setenv(name, "0")  # so that monkeypatch takes back whatever launch.environment() sets
         monkeypatch.delenv(name)
-    monkeypatch.setattr(nemo_tsdkd.cli.main, "leave_at_once", lambda command, speaks: None)  # this is pytest's process
+    monkeypatch.setattr(nemo_tsdkd.cli.main, "leave_at_once", lambda command, prints: None)  # this is pytest's process
 
 
 def run(capsys, *argv):
@@ -101,7 +101,7 @@ def test_the_error_s_origin_on_request():
         nemo_tsdkd.cli.main.main(["--traceback", "check", "--config-name", "tiny"])
 
 
-def test_one_rank_a_node_speaks(capsys, monkeypatch):
+def test_one_rank_of_each_node_prints_the_error(capsys, monkeypatch):
     for variable in ("LOCAL_RANK", "SLURM_LOCALID"):
         monkeypatch.setenv(variable, "1")
         assert run(capsys, "check", "--config-name", "tiny") == (2, "", "")

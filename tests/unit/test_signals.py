@@ -8,7 +8,7 @@ import sys
 import pytest
 
 WAIT = "print('ready', flush=True); time.sleep(600)"
-BUILDING = "leave_at_once('nemo-tsdkd train x=1', speaks=True);" + WAIT
+BUILDING = "leave_at_once('nemo-tsdkd train x=1', prints=True);" + WAIT
 # Training notes a signal; the "step" is a library's call that does not return to the interpreter for a while.
 TRAINING = "on_stop_signals(lambda s, f: print(s, flush=True)); print('ready', flush=True)\nwhile True: time.sleep(600)"
 
