@@ -6,7 +6,8 @@ Every figure comes from a process of its own: inputs first, a small warm-up, the
 what it was (Linux resets and reports it), the returned gradient included, and the fastest of `--repeats` runs.
 `dense` is the `reference` preset as one writes it in PyTorch; `dense+head` starts from hidden states as the fused
 head does. Memory is in multiples of one logits tensor [tokens, V]; the fused rows leave the gradient of the head's
-weight out, which any head returns. Liger-Kernel has only the JSD: compare its row with our `gkd` preset.
+weight out, which any head returns. `on n %` is the direct term on a share of the tokens. Liger-Kernel has only the
+JSD: compare its row with our `gkd` preset.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 VOCAB_SIZE = 152_064  # Qwen2.5's padded vocabulary
 HIDDEN = {"student": 128, "teacher": 256}  # small, so that the loss and not the head's products is timed
@@ -100,12 +102,19 @@ def liger() -> Callable:
     return loss
 
 
+# The direct term alone, on a share of the tokens: what a rule that chooses saves.
+DIRECT = {"gate_rule": "top_fraction", "indirect_kd_alpha": 0.0, "entropy_weight": 0.0}
 # name: (inputs, loss, what it is compared with)
 ROWS = {
     "dense reference": (logits_inputs, dense, None),
     "ours reference": (logits_inputs, lambda: ours(preset="reference"), "dense reference"),
     "ours paper": (logits_inputs, ours, "dense reference"),
     "ours paper, in place": (logits_inputs, lambda: ours(overwrite_student_logits=True), "dense reference"),
+    **{
+        f"{name} on {percent} %": (inputs, partial(make, **DIRECT, entropy_fraction=percent / 100), whole)
+        for name, inputs, make in (("logits", logits_inputs, ours), ("fused", hidden_inputs, ours_fused))
+        for percent, whole in ((100, None), (50, f"{name} on 100 %"), (10, f"{name} on 100 %"))
+    },
     "dense+head reference": (hidden_inputs, dense_head, None),
     "ours fused reference": (hidden_inputs, lambda: ours_fused(preset="reference"), "dense+head reference"),
     "ours fused paper": (hidden_inputs, ours_fused, "dense+head reference"),

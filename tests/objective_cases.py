@@ -197,6 +197,7 @@ def presets(**fields) -> dict[str, ObjectiveConfig]:
         "warm": {"temperature": 2.5, "gate_temperature": 0.3},
         "indirect_only": {"direct_weight": 0.0, "entropy_weight": 0.0, "threshold": 0.7},
         "entropy_only": {"direct_weight": 0.0, "indirect_kd_alpha": 0.0, "entropy_fraction": 0.55},
+        "chosen": {"gate_rule": "top_fraction", "entropy_fraction": 0.3, "threshold": 0.4},
         "by_token": {"reduction": "token", "threshold": 0.4},
         "whole": {"threshold": 1.0, "entropy_fraction": 1.0, "top_k": 1},
         "registered": {"divergence": "half_square", "extra_terms": {"entropy_gap": 0.3, "squared_divergence": 0.2}},

@@ -76,6 +76,10 @@ def sequence_terms(z: Tensor, t: Tensor, config) -> dict[str, Tensor]:
     opener = range(opener_length(h, config.threshold))
     ranked = [plackett_luce(z[i], teacher_ranking(z[i].detach(), t[i], config.top_k)) for i in opener]
     chosen = uncertain_positions(h, config.entropy_fraction)
+    if config.gate_rule == "top_fraction":  # chooses instead of weighing
+        gate = h_s.new_zeros(len(h)).index_fill(
+            0, torch.tensor(chosen, dtype=torch.int64), len(h) / max(len(chosen), 1)
+        )
     beta = {"forward_kl": 0, "reverse_kl": 1}.get(config.preset, config.beta)
     is_square = config.divergence == "half_square"
     divergence = (log_s.exp() - log_t.exp()).square().sum(-1) / 2 if is_square else jsd(log_s, log_t, beta)

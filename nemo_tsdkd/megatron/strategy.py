@@ -19,15 +19,11 @@ from torch import Tensor
 
 from nemo_tsdkd.checkpoints.foreign import require_harmless
 from nemo_tsdkd.megatron.checkpoints.unpickling import told_in_words
-from nemo_tsdkd.objective import Metrics
+from nemo_tsdkd.objective import reported
 from nemo_tsdkd.rollout.schedule import Response
 
 if TYPE_CHECKING:
     from nemo_tsdkd.megatron.model import DistillationBatch
-
-# The objective's sums over sequences, and its counts, in the order of the reduced vector.
-PER_SEQUENCE = ("loss", *(name for name in Metrics._fields if name != "response_tokens"))
-COUNTS = ("count", "response_tokens")
 
 
 class TSDKDStrategy(nl.MegatronStrategy):
@@ -122,14 +118,15 @@ class TSDKDStrategy(nl.MegatronStrategy):
 
     def _reduce(self, reports: Any) -> dict[str, float]:
         """Means over the global batch. Only last stages have reports; context-parallel ranks have equal ones."""
-        names = PER_SEQUENCE + COUNTS
+        names = ("loss", "count", *reported(self.lightning_module.train_config.objective.resolved()))
         sums = torch.zeros(len(names), dtype=torch.float64, device=torch.cuda.current_device())
         if parallel_state.is_pipeline_last_stage():
             sums += torch.stack([reports[name].double().sum() for name in names])
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
         total = dict(zip(names, sums.tolist(), strict=True))
-        means = {name: total[name] / total["count"] for name in PER_SEQUENCE}
+        count = total.pop("count")
+        means = {name: value / count for name, value in total.items()}
         return means | {"response_tokens": int(total["response_tokens"])}
 
     def _not_finite(self, reports: Any, batches: list[DistillationBatch]) -> str | None:

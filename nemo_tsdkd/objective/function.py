@@ -55,22 +55,24 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Saved:
-    """What the backward needs besides the head; fields [n] unless stated."""
+    """What the backward needs besides the head, for the m tokens that have a gradient; fields [m] unless stated."""
 
-    softmax: SoftmaxSums  # [2, n] each
+    rows: Tensor  # which of the head's n tokens these are
+    softmax: SoftmaxSums  # [2, m] each
     student_entropy: Tensor
-    divergence_sums: Tensor  # [2, n]
+    divergence_sums: Tensor | None  # [2, m], zero for tokens without divergence; None where none has one
+    compares_all: bool  # every one of the m tokens has a divergence
     direct: Tensor  # derivatives of the loss by the token's divergence and student entropy
     entropy: Tensor
-    opener: Tensor  # [m] indices of the opener's tokens
-    columns: Tensor  # [m, k_local] candidates among this rank's columns
-    columns_grad: Tensor  # [m, k_local]
+    opener: Tensor  # [o] the opener's tokens among the m
+    columns: Tensor  # [o, k_local] candidates among this rank's columns
+    columns_grad: Tensor  # [o, k_local]
 
 
 def softmax_sums(head: Head, tp_group: Group) -> SoftmaxSums:
     """Softmax sums of both models, [2, n] each, over the whole vocabulary: one pass and two packed reductions."""
     sums = SoftmaxSums.empty(head.student.new_empty((2, head.num_tokens), dtype=compute_dtype(head.student.dtype)))
-    for rows, _, *logits in head.tiles():
+    for rows, _, logits in head.tiles():
         parts = zip(*map(SoftmaxSums.of_, logits), strict=True)
         merged = sums.at(slice(None), rows).merge(SoftmaxSums(*map(torch.stack, parts)))
         for whole, part in zip(sums, merged, strict=True):
@@ -92,7 +94,7 @@ def candidates(head: Head, k: int, tp_group: Group) -> Candidates:
         (2, head.num_tokens, k_local), FLOOR, dtype=compute_dtype(head.student.dtype), device=head.student.device
     )
     columns = torch.zeros(logits.shape[1:], dtype=torch.int64, device=logits.device)
-    for rows, tile, student, teacher in head.tiles():
+    for rows, tile, (student, teacher) in head.tiles():
         found, at = top_k_by_id(student, min(k_local, student.shape[1]))
         both = torch.cat([logits[:, rows], torch.stack([found, teacher.gather(-1, at)])], -1)
         order = both[0].sort(dim=-1, descending=True, stable=True).indices[:, :k_local]
@@ -125,25 +127,30 @@ def divergence_sums(head: Head, softmax: SoftmaxSums, config: ObjectiveConfig, t
     """The divergence's sums over the whole vocabulary, [2, n]: a second pass and one reduction."""
     rule = divergence(config)
     sums = torch.zeros_like(softmax.mass)
-    for rows, _, *logits in head.tiles():
+    for rows, _, logits in head.tiles():
         sums[:, rows] += rule.sums_(*_log_probabilities_(logits, softmax, rows))
     return all_reduce(sums, dist.ReduceOp.SUM, tp_group)
 
 
 def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor, Tensor]:
-    """(what the backward needs, `Metrics` and the extra terms in a row, number of sequences, a broken token)."""
+    """(what the backward needs, `Metrics` and the extra terms in a row, number of sequences, a broken token).
+
+    Entropies are those of all tokens; candidates and divergences of the tokens alone that have weight in their term.
+    """
     config, arithmetic, tp_group = call.objective.config, call.objective.arithmetic, call.tp_group
     softmax = softmax_sums(head, tp_group)
     entropies = softmax.entropy()
     tokens, place = call.layout.gather(call.mask, call.index, entropies)
     weights = TokenWeights(*call.layout.local(arithmetic.token_weights(tokens, config).stack(), place, call.index))
-    opener = (weights.indirect != 0).nonzero().flatten()
+    opener = _rows(weights.indirect, config.indirect_kd_alpha)
     found = candidates(head.take(opener), config.top_k, tp_group)
     ranking_loss, columns_grad, agreement = indirect_term(found, arithmetic.reverses_ranking, tp_group)
-    sums = divergence_sums(head, softmax, config, tp_group)
-    divergences = divergence(config).value(sums)
+    # An extra term may look at the divergence of any response token.
+    compared = _rows(weights.response, 1) if config.extra_terms else _rows(weights.direct, config.direct_weight)
+    sums = divergence_sums(_part(head, compared), softmax.at(slice(None), compared), config, tp_group)
+    divergences = _spread(divergence(config).value(sums), compared, entropies[0])
     extra = extra_terms(TokenStatistics(entropies[0], divergences, entropies[1]), weights.response, config)
-    # Not by multiplying with zero: the divergence of a token without weight may be infinite.
+    # Not by multiplying with zero: an extra term's token without a gate may have an infinite divergence.
     direct = torch.where(weights.direct != 0, weights.direct * divergences, 0)
     broken = call.layout.first_place(~(direct + entropies.sum(0)).isfinite(), call.index)
     student_entropy, teacher_entropy = (weights.response * entropies).sum(-1)
@@ -159,17 +166,36 @@ def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor, Tensor]:
         response_tokens=(weights.response != 0).to(entropies.dtype).sum(),
     )
     metrics = all_reduce(torch.cat([torch.stack(values), extra.values]), dist.ReduceOp.SUM, call.layout.cp_group)
+    direct_grad = config.direct_weight * weights.direct + extra.divergence_grad
+    entropy_grad = config.entropy_weight * weights.entropy + extra.entropy_grad
+    rows = ((direct_grad != 0) | (entropy_grad != 0)).index_fill(0, opener, True).nonzero().flatten()
     saved = Saved(
-        softmax=softmax,
-        student_entropy=entropies[0],
-        divergence_sums=sums,
-        direct=config.direct_weight * weights.direct + extra.divergence_grad,
-        entropy=config.entropy_weight * weights.entropy + extra.entropy_grad,
-        opener=opener,
+        rows=rows,
+        softmax=softmax.at(slice(None), rows),
+        student_entropy=entropies[0][rows],
+        divergence_sums=_spread(sums, compared, entropies)[:, rows] if len(compared) else None,
+        compares_all=len(compared) == len(rows),
+        direct=direct_grad[rows],
+        entropy=entropy_grad[rows],
+        opener=torch.searchsorted(rows, opener),
         columns=found.columns,
         columns_grad=config.indirect_kd_alpha * weights.indirect[opener, None] * columns_grad,
     )
     return saved, metrics, tokens.num_sequences, broken
+
+
+def _rows(weight: Tensor, of_term: float) -> Tensor:
+    """Which tokens have weight in a term; none where the term has none."""
+    return weight.nonzero().flatten() if of_term else torch.empty(0, dtype=torch.int64, device=weight.device)
+
+
+def _part(head: Head, rows: Tensor) -> Head:
+    return head if len(rows) == head.num_tokens else head.take(rows)
+
+
+def _spread(values: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    """Values [..., m] of some tokens among zeros for all, in the shape [..., n] of `like`."""
+    return torch.zeros_like(like).index_copy_(-1, rows, values)
 
 
 def split_metrics(metrics: Tensor) -> tuple[Metrics, tuple[Tensor, ...]]:
@@ -179,13 +205,19 @@ def split_metrics(metrics: Tensor) -> tuple[Metrics, tuple[Tensor, ...]]:
 
 
 def gradient(head: Head, saved: Saved, config: ObjectiveConfig, scale: Tensor) -> Iterator[Tile]:
-    """Tiles of scale * d loss_sum / d student logits: a third pass, no collective."""
+    """Tiles of scale * d loss_sum / d student logits of `saved`'s tokens: a third pass, no collective."""
     rule, scale = divergence(config), scale / config.temperature
-    for rows, columns, *logits in head.tiles():
-        log_s, log_t = _log_probabilities_(logits, saved.softmax, rows)
-        s = log_s.exp()
-        grad = rule.grad_(log_s, log_t, s, saved.divergence_sums[:, rows])
-        grad.mul_((scale * saved.direct[rows]).unsqueeze(-1))
+    sums = saved.divergence_sums
+    for rows, columns, logits in head.tiles(teacher=sums is not None):
+        logs = _log_probabilities_(logits, saved.softmax, rows)
+        log_s, s = logs[0], logs[0].exp()
+        if sums is not None:
+            weight = scale * saved.direct[rows, None]
+            grad = rule.grad_(log_s, logs[1], s, sums[:, rows]).mul_(weight)
+            if not saved.compares_all:  # whatever the formula gives without sums
+                grad.masked_fill_(weight == 0, 0)
+        else:
+            grad = torch.zeros_like(s)
         if config.entropy_weight or config.extra_terms:
             entropy, weight = saved.student_entropy[rows], scale * saved.entropy[rows]
             add_entropy_grad_(grad, log_s, s, entropy.unsqueeze(-1), weight.unsqueeze(-1))
@@ -201,9 +233,8 @@ def _add_candidates_(grad: Tensor, rows: slice, columns: slice, saved: Saved, sc
     grad.index_put_(at, torch.where(inside, saved.columns_grad * scale, 0), accumulate=True)
 
 
-def _log_probabilities_(logits: list[Tensor], softmax: SoftmaxSums, rows: slice) -> tuple[Tensor, Tensor]:
-    student, teacher = (softmax.at(model, rows).log_probabilities_(z) for model, z in enumerate(logits))
-    return student, teacher
+def _log_probabilities_(logits: list[Tensor], softmax: SoftmaxSums, rows: slice) -> list[Tensor]:
+    return [softmax.at(model, rows).log_probabilities_(z) for model, z in enumerate(logits)]
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:
@@ -236,5 +267,7 @@ class Objective(torch.autograd.Function):
     def backward(ctx, loss_grad: Tensor, *_):
         head = ctx.head.bind(*ctx.saved_tensors)
         with _full_precision(loss_grad):
-            grads = head.backward(gradient(head, ctx.state, ctx.config, loss_grad))
+            part = _part(head, ctx.state.rows)
+            grads = part.backward(gradient(part, ctx.state, ctx.config, loss_grad))
+            grads = grads if part is head else head.spread(grads, ctx.state.rows)
         return None, None, *grads, *[None] * (len(head.tensors) - len(grads))

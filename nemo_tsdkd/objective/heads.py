@@ -16,7 +16,7 @@ from nemo_tsdkd.distributed.vocab_parallel import Overlap
 from nemo_tsdkd.objective.terms import FLOOR
 
 Tile = tuple[slice, slice, Tensor]  # tokens, columns, values [tokens, columns]
-LogitsTile = tuple[slice, slice, Tensor, Tensor]  # the same with student's and teacher's logits
+LogitsTile = tuple[slice, slice, list[Tensor]]  # the same with the student's and, if asked for, the teacher's logits
 _WIDE = 64  # columns of a tile come in multiples of it: a Hopper GEMM's rows begin at multiples of 16 bytes
 
 
@@ -69,17 +69,17 @@ class LogitsHead:
         """The same head for some of its tokens."""
         return replace(self, index=self.index[index], left=self.left[index], right=self.right[index])
 
-    def tiles(self) -> Iterator[LogitsTile]:
+    def tiles(self, teacher: bool = True) -> Iterator[LogitsTile]:
         """Runs of tokens over all true columns, divided by the temperature; the caller may overwrite them."""
         width, (first, end) = self.overlap.width, self.overlap.own
         dtype = compute_dtype(self.student.dtype)
         for rows in _spans(self.num_tokens, max(1, self.tile_logits // width)) if width else ():
-            teacher = self.teacher[:, first:end].index_select(0, self.index[rows])
-            if self.left.shape[1] + self.right.shape[1]:
-                teacher = torch.cat([self.left[rows], teacher, self.right[rows]], -1)
-            student = self.student[:, :width].index_select(0, self.index[rows])
-            student, teacher = (_scaled_(z.to(dtype), self.temperature) for z in (student, teacher))
-            yield rows, slice(0, width), student, teacher
+            models = [self.student[:, :width].index_select(0, self.index[rows])]
+            if teacher:
+                own = self.teacher[:, first:end].index_select(0, self.index[rows])
+                moved = self.left.shape[1] + self.right.shape[1]
+                models.append(torch.cat([self.left[rows], own, self.right[rows]], -1) if moved else own)
+            yield rows, slice(0, width), [_scaled_(z.to(dtype), self.temperature) for z in models]
 
     def backward(self, gradient: Iterator[Tile]) -> tuple[Tensor, ...]:
         """d loss / d student logits; zero for padding columns and for rows that are not this head's tokens."""
@@ -92,6 +92,10 @@ class LogitsHead:
             grad[others] = 0
             grad[:, self.overlap.width :] = 0
         return (grad,)
+
+    def spread(self, grads: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:
+        """This head's gradients from those of `take(index)`."""
+        return grads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +139,14 @@ class FusedHead:
     def take(self, index: Tensor) -> FusedHead:
         return replace(self, student=self.student[index], teacher=self.teacher[index])
 
-    def tiles(self) -> Iterator[LogitsTile]:
+    def tiles(self, teacher: bool = True) -> Iterator[LogitsTile]:
         """Runs of true columns over all tokens, divided by the temperature; the caller may overwrite them."""
         dtype, everyone = compute_dtype(self.student.dtype), slice(0, self.num_tokens)
         for columns in self._columns():
-            student = _product(self.student, self.student_weight[columns], dtype)
-            teacher = _product(self.teacher, self._teacher_rows(columns), dtype)
-            yield everyone, columns, _scaled_(student, self.temperature), _scaled_(teacher, self.temperature)
+            models = [_product(self.student, self.student_weight[columns], dtype)]
+            if teacher:
+                models.append(_product(self.teacher, self._teacher_rows(columns), dtype))
+            yield everyone, columns, [_scaled_(z, self.temperature) for z in models]
 
     def _columns(self) -> Iterator[slice]:
         if not self.num_tokens:
@@ -166,6 +171,11 @@ class FusedHead:
             torch.mm(tile.T, self.student, out=weight[columns])
             hidden += tile @ self.student_weight[columns]
         return hidden.to(self.student.dtype), weight
+
+    def spread(self, grads: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:
+        """This head's gradients from those of `take(index)`."""
+        hidden, weight = grads
+        return torch.zeros_like(self.student).index_copy_(0, index, hidden), weight
 
 
 def _product(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

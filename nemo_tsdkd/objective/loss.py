@@ -10,7 +10,7 @@ from nemo_tsdkd.distributed.vocab_parallel import Group, Overlap, group_size, he
 from nemo_tsdkd.objective.check_input import check_mask, check_shapes, check_weight
 from nemo_tsdkd.objective.function import Call, Head, Objective, split_metrics
 from nemo_tsdkd.objective.heads import FusedHead, LogitsHead
-from nemo_tsdkd.objective.output import ObjectiveOutput
+from nemo_tsdkd.objective.output import ObjectiveOutput, reported
 from nemo_tsdkd.objective.resolve import ResolvedObjective, resolve_objective
 from nemo_tsdkd.objective.sequences import SequenceLayout
 
@@ -163,18 +163,19 @@ def _call(
 
 def _run(call: Call, head: Head) -> ObjectiveOutput:
     loss_sum, values, num_sequences, broken = Objective.apply(call, head, *head.tensors)
+    config = call.objective.config
     metrics, extra = split_metrics(values)
-    by_token = call.objective.config.reduction == "token"
-    count = metrics.response_tokens.long() if by_token else num_sequences
+    count = metrics.response_tokens.long() if config.reduction == "token" else num_sequences
     divisor = count.clamp(min=1)
+    named = metrics._asdict() | dict(zip(config.extra_terms, extra, strict=True))
+    named = {name: named[name] for name in reported(config)}
+    terms = {name: named[name] / divisor if name in named else None for name in ("direct", "indirect", "entropy")}
     return ObjectiveOutput(
         loss=loss_sum / divisor,
         loss_sum=loss_sum,
         num_sequences=num_sequences,
         count=count,
         broken=broken,
-        direct=metrics.direct / divisor,
-        indirect=metrics.indirect / divisor,
-        entropy=metrics.entropy / divisor,
-        metrics=metrics._asdict() | dict(zip(call.objective.config.extra_terms, extra, strict=True)),
+        metrics=named,
+        **terms,
     )

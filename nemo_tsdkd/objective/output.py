@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from nemo_tsdkd.config.schema import ObjectiveConfig
+
 
 class Metrics(NamedTuple):
     """What the objective measures. Each is a sum over sequences of the sequence's mean (times the sequence's
@@ -21,6 +23,21 @@ class Metrics(NamedTuple):
     opener_fraction: Tensor  # share of the response's tokens in the opener
     rank_agreement: Tensor  # share of candidate pairs in the opener that both models order alike: 1 all, 0 none
     response_tokens: Tensor  # their number
+
+
+# The metrics of each term, by the field of its weight.
+TERM_METRICS = {
+    "direct_weight": ("direct", "gate_mean"),
+    "indirect_kd_alpha": ("indirect", "opener_fraction", "rank_agreement"),
+    "entropy_weight": ("entropy",),
+}
+ALWAYS_REPORTED = tuple(name for name in Metrics._fields if name not in sum(TERM_METRICS.values(), ()))
+
+
+def reported(config: ObjectiveConfig) -> tuple[str, ...]:
+    """The metrics that a resolved config's objective reports: a term of weight 0 is not computed and has none."""
+    off = sum((names for weight, names in TERM_METRICS.items() if getattr(config, weight) == 0), ())
+    return (*(name for name in Metrics._fields if name not in off), *config.extra_terms)
 
 
 @dataclass(frozen=True)
@@ -40,8 +57,10 @@ class ObjectiveOutput:
         broken: int64 [2], the first token, by its sequence in the call and its position there (prompt included), whose
             divergence or entropy is infinite or NaN; -1, -1 where there is none. Under context parallelism, of this
             rank's tokens. A KL is infinite where one model excludes (-inf) a token that the other needs.
-        direct, indirect, entropy: detached scalars, each term before its weight, divided by `count`.
-        metrics: detached scalars by name: the fields of `Metrics`, and the terms of `objective.extra_terms`.
+        direct, indirect, entropy: detached scalars, each term before its weight, divided by `count`; None for a term of
+            weight 0, which is not computed.
+        metrics: detached scalars by name, those of `reported(config)`: the fields of `Metrics` without those of terms
+            of weight 0, and the terms of `objective.extra_terms`.
     """
 
     loss: Tensor
@@ -49,7 +68,7 @@ class ObjectiveOutput:
     num_sequences: Tensor
     count: Tensor
     broken: Tensor
-    direct: Tensor
-    indirect: Tensor
-    entropy: Tensor
+    direct: Tensor | None
+    indirect: Tensor | None
+    entropy: Tensor | None
     metrics: dict[str, Tensor]

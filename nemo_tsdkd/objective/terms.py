@@ -40,7 +40,7 @@ class SoftmaxSums(NamedTuple):
         mass = z.sub_(peak.unsqueeze(-1)).exp()
         return cls(peak, mass.sum(-1), z.mul_(mass).sum(-1))
 
-    def at(self, *index: int | slice) -> SoftmaxSums:
+    def at(self, *index: int | slice | Tensor) -> SoftmaxSums:
         return SoftmaxSums(*(x[index] for x in self))
 
     def seen_from(self, peak: Tensor) -> SoftmaxSums:

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from nemo_tsdkd.checkpoints.atomic import write_json, write_whole
 from nemo_tsdkd.checkpoints.start_over import METRICS
 from nemo_tsdkd.distributed.output import terminal
-from nemo_tsdkd.objective import Metrics
+from nemo_tsdkd.objective import ALWAYS_REPORTED
 
 matplotlib.use("Agg")  # compute nodes have no display
 from matplotlib import pyplot as plt
@@ -34,10 +34,10 @@ PLOTS = {
     "selection": ("share", ("gate_mean", "opener_fraction", "rank_agreement")),
     "time": ("seconds per step", ("rollout_s", "teacher_s", "student_s")),
 }
-# What every step reports; a step may report more.
+# What every step reports; a step may report more, such as the metrics of terms that have weight.
 REQUIRED = (
     "loss",
-    *Metrics._fields,
+    *ALWAYS_REPORTED,
     *("rollout_s", "teacher_s", "student_s"),
     *("grad_norm", "lr", "tokens_per_s"),
 )
@@ -154,10 +154,11 @@ def _plot(metrics: Path, folder: Path) -> None:
     rows = read_metrics(metrics)
     for name, (unit, keys) in PLOTS.items():
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        for key in keys:
+        for key in (key for key in keys if any(key in row for row in rows)):
             axes.plot([row["step"] for row in rows], [row.get(key, math.nan) for row in rows], label=key)
         axes.set(xlabel="step", ylabel=unit, title=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend()
+        if axes.lines:
+            axes.legend()
         figure.savefig(folder / f"{name}.png", dpi=120)
         plt.close(figure)

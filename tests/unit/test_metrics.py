@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import nemo_tsdkd
 from nemo_tsdkd.config.schema import DataConfig, ModelConfig, TeacherConfig, TrainConfig
+from nemo_tsdkd.objective import Metrics, ObjectiveConfig, reported
 from nemo_tsdkd.reporting import metrics
 from nemo_tsdkd.reporting.metrics import PLOTS, REQUIRED, RunWriter, read_metrics
 from nemo_tsdkd.reporting.provenance import changed_settings, git_state, save_provenance
@@ -115,12 +116,22 @@ def test_what_json_cannot_hold_is_an_error(tmp_path, value):
 
 
 def test_every_plotted_metric_is_one_that_each_step_reports():
-    assert {key for _, keys in PLOTS.values() for key in keys} <= set(REQUIRED)
+    assert {key for _, keys in PLOTS.values() for key in keys} <= {*REQUIRED, *Metrics._fields}
+
+
+def test_terms_without_weight_are_neither_required_nor_drawn(tmp_path):
+    off = {"direct", "indirect", "entropy", "gate_mean", "opener_fraction", "rank_agreement"}
+    assert off.isdisjoint(REQUIRED) and off < set(Metrics._fields)
+    config = ObjectiveConfig(preset="forward_kl").resolved()
+    assert off.intersection(reported(config)) == {"direct", "gate_mean"}
+    assert set(reported(ObjectiveConfig())) == set(Metrics._fields)
+    write_steps(tmp_path, [1], summary={})
+    assert (tmp_path / "selection.png").exists()
 
 
 def test_a_step_must_report_every_metric(tmp_path):
-    incomplete = {key: value for key, value in values(1).items() if key not in ("lr", "entropy")}
-    with pytest.raises(ValueError, match="step 1 reports no entropy, lr"):
+    incomplete = {key: value for key, value in values(1).items() if key not in ("lr", "student_entropy")}
+    with pytest.raises(ValueError, match="step 1 reports no student_entropy, lr"):
         RunWriter(tmp_path, 10, progress=False).write(1, incomplete)
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from objective_cases import Case
 
 from nemo_tsdkd.config.schema import PRESETS
-from nemo_tsdkd.objective import ObjectiveConfig, tsdkd_loss, tsdkd_loss_from_hidden
+from nemo_tsdkd.distributed.vocab_parallel import top_k_by_id
+from nemo_tsdkd.objective import ObjectiveConfig, function, tsdkd_loss, tsdkd_loss_from_hidden
 
 CONFIGS = cases.presets(top_k=5)
 
@@ -164,6 +165,58 @@ def test_the_metrics_are_what_the_oracle_sees():
         assert float(out.metrics[name]) == pytest.approx(float(value), rel=1e-12), name
     assert out.metrics.keys() - sums.keys() == {"response_tokens"}
     assert int(out.metrics["response_tokens"]) == int(x["mask"].sum())
+
+
+@pytest.mark.parametrize("head", ["logits", "fused"])
+@pytest.mark.parametrize("name", ["paper", "chosen", "indirect_only", "entropy_only", "gkd"])
+def test_only_tokens_with_weight_are_computed(name, head, monkeypatch):
+    """Rows that the divergence sees in the forward and in the backward, and rows that propose candidates."""
+    rows: dict[str, set] = {"sums": set(), "grad": set(), "candidates": set()}
+    plain = function.divergence
+
+    def watched(config):
+        rule = plain(config)
+        sums_, grad_ = rule.sums_, rule.grad_
+
+        def sums(log_s, log_t):
+            rows["sums"].update(map(tuple, log_s[:, :3].round(decimals=6).tolist()))
+            return sums_(log_s, log_t)
+
+        def grad(log_s, log_t, s, sums):
+            rows["grad"].update(map(tuple, log_s[:, :3].round(decimals=6).tolist()))
+            return grad_(log_s, log_t, s, sums)
+
+        rule.sums_, rule.grad_ = sums, grad
+        return rule
+
+    def proposing(student, k):
+        rows["candidates"].update(map(tuple, student[:, :3].tolist()))
+        return top_k_by_id(student, k)
+
+    monkeypatch.setattr(function, "divergence", watched)
+    monkeypatch.setattr(function, "top_k_by_id", proposing)
+    case = Case(replace(CONFIGS[name], tile_logits=100_000))
+    if head == "logits":
+        out, *_ = logits_call(case, torch.float64)
+        x = case.tensors(torch.float64)["student"]
+    else:
+        x = case.hidden(torch.float64)
+        out, *_ = fused_call(case, x, case.tensors(torch.float64)["mask"])
+        x = x["student_hidden"].detach() @ x["student_weight"].T
+    config, mask = case.config.resolved(), case.tensors(torch.float64)["mask"]
+    openers = chosen = 0
+    for b in range(case.batch - 1):
+        h = oracle.entropy((x[mask[:, b], b] / config.temperature).log_softmax(-1)).tolist()
+        openers += oracle.opener_length(h, config.threshold)
+        chosen += len(oracle.uncertain_positions(h, config.entropy_fraction))
+    n = int(mask.sum())
+    compared = {"paper": n, "gkd": n, "chosen": chosen}.get(name, 0)
+    assert len(rows["sums"]) == compared
+    assert len(rows["candidates"]) == (openers if config.indirect_kd_alpha else 0)
+    assert compared <= len(rows["grad"]) <= (compared and compared + openers)
+    terms = {"direct": config.direct_weight, "indirect": config.indirect_kd_alpha, "entropy": config.entropy_weight}
+    for term, weight in terms.items():
+        assert (getattr(out, term) is None) == (term not in out.metrics) == (weight == 0)
 
 
 def test_without_any_response_the_loss_and_its_gradient_are_zero():
