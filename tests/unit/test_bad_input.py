@@ -162,7 +162,7 @@ configuration("configuration: bytes", b"\xff\xfe\x00\x01", "configuration 'mine'
 configuration("configuration: a list", "- 1\n- 2\n", "configuration 'mine'")
 configuration("configuration: a word", "hello\n", "configuration 'mine'")
 configuration("configuration: not closed", "defaults: [train\n", "configuration 'mine'")
-configuration("configuration: deep", "a: " + "[" * 5000, "configuration 'mine'")
+configuration("configuration: deep", "a: " + "[" * 2000, "configuration 'mine'")
 configuration("configuration: a tag", "a: !!python/object/apply:os.system ['true']\n", "configuration 'mine'")
 configuration("configuration: a cycle", "defaults: [train]\nseed: ${max_steps}\nmax_steps: ${seed}\n", "'mine'")
 configuration("configuration: empty", "", "leaves open|run_dir|configuration 'mine'")
