@@ -27,7 +27,7 @@ from te_stand_in.extension.optimizer import (
     multi_tensor_scale,
     multi_tensor_unscale_l2norm,
 )
-from te_stand_in.extension.quantize import bgrad_quantize, compute_amax, dequantize, fp8_transpose, quantize
+from te_stand_in.extension.quantization import bgrad_quantize, compute_amax, dequantize, fp8_transpose, quantize
 from te_stand_in.extension.types import (
     CommOverlap,
     CommOverlapAlgo,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from te_stand_in import modelled, require
-from te_stand_in.extension.quantize import quantize, value
+from te_stand_in.extension.quantization import quantize, value
 from te_stand_in.extension.types import TORCH, DType
 
 _BLOCK = 128

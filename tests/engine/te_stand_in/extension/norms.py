@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_stand_in.extension.quantize import quantize
+from te_stand_in.extension.quantization import quantize
 from te_stand_in.extension.types import TORCH, DType
 
 

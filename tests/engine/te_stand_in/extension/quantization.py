@@ -31,9 +31,9 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
             return output
         tensor = tensor.detach().contiguous()
         if isinstance(quantizer, Float8BlockQuantizer):
-            return _quantize_blocks(tensor, quantizer, output)
+            return quantize_blocks(tensor, quantizer, output)
         modelled(isinstance(quantizer, Float8CurrentScalingQuantizer), type(quantizer).__name__)
-        return _quantize_whole(tensor, quantizer, output)
+        return quantize_whole(tensor, quantizer, output)
 
 
 def dequantize(input: Any, otype: DType) -> Tensor:
@@ -81,7 +81,7 @@ def _transposed(data: Tensor) -> Tensor:
     return data.reshape(-1, data.shape[-1]).t().contiguous().view(data.shape[-1], *data.shape[:-1])
 
 
-def _quantize_whole(tensor: Tensor, quantizer: Any, output: Any) -> Any:
+def quantize_whole(tensor: Tensor, quantizer: Any, output: Any) -> Any:
     """One scale. On Hopper, what is used column-wise is a transposed copy of the bytes."""
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
@@ -117,7 +117,7 @@ def _quantize_whole(tensor: Tensor, quantizer: Any, output: Any) -> Any:
     return Float8Tensor(shape=list(tensor.shape), dtype=tensor.dtype, **fields)
 
 
-def _quantize_blocks(tensor: Tensor, quantizer: Any, output: Any) -> Any:
+def quantize_blocks(tensor: Tensor, quantizer: Any, output: Any) -> Any:
     """One scale a block: 128 x 128 (weights), or 128 along the dimension that a product will contract."""
     rowwise: tuple = (None, None)
     columnwise: tuple = (None, None)
