@@ -13,20 +13,17 @@ from nemo_tsdkd.config.schema import TrainConfig
 STUDENT_VOCAB, TEACHER_VOCAB = 330, 340
 
 
-def prepare(root: Path) -> Path:
+def prepare(root: Path, **sizes: int) -> Path:
     """Write `student`, `teacher` (NeMo checkpoints that differ in depth, width, tying and vocabulary) and `data.jsonl`
-    into `root`."""
-    hf_student = tiny_hf.save_hf(
-        root / "hf_student",
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        tied=True,
-        vocab_size=STUDENT_VOCAB,
-    )
-    hf_teacher = tiny_hf.save_hf(
-        root / "hf_teacher", vocab_size=TEACHER_VOCAB, num_attention_heads=8, num_key_value_heads=4
-    )
+    into `root`.
+
+    Args:
+        sizes: fields of Hugging Face's config that both models get instead of their own.
+    """
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    hf_student = tiny_hf.save_hf(root / "hf_student", tied=True, vocab_size=STUDENT_VOCAB, **small | sizes)
+    large = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    hf_teacher = tiny_hf.save_hf(root / "hf_teacher", vocab_size=TEACHER_VOCAB, **large | sizes)
     for source, name in ((hf_student, "student"), (hf_teacher, "teacher")):
         ranks.run_ranks(import_hf, 1, source, root / name, meet=False)  # an import builds its own world
     with (root / "data.jsonl").open("w") as file:

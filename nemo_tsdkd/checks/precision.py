@@ -80,17 +80,31 @@ def plugin_settings(name: str, first_last_layers_bf16: bool = True) -> dict[str,
 
 
 def check_names(config: TrainConfig) -> None:
-    """Refuse precisions that do not exist, and delayed scaling by its reason.
+    """Refuse precisions that do not exist, delayed scaling by its reason, and fp32 under context parallelism.
 
     Raises:
         UserError: naming the field, its value, the rule and the fix.
     """
-    _known("precision.name", config.precision.name)
-    _known("teacher.precision", config.teacher.precision)
+    for field, name, parallel in _models(config):
+        _known(field, name)
+        if name == "fp32" and (cp := parallel.context_parallel_size) > 1:
+            raise UserError(
+                f"{field} = 'fp32': Transformer Engine's attention, which alone works across ranks, takes 16 bits, and "
+                f"the model's context_parallel_size is {cp}. Use bf16, or a size of 1."
+            )
+
+
+def _models(config: TrainConfig) -> tuple[tuple[str, str, ParallelConfig], ...]:
+    """Of student and teacher: the field that names the precision, the precision, the layout."""
+    return (
+        ("precision.name", config.precision.name, config.parallel),
+        ("teacher.precision", config.teacher.precision, config.teacher_parallel),
+    )
 
 
 def check_shapes(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> None:
-    """Refuse dimensions and token counts that the FP8 kernels of `config` cannot multiply; nothing for bf16 and fp32.
+    """Refuse dimensions and token counts that the FP8 kernels of `config` cannot multiply, and models too shallow to
+    have an FP8 layer; nothing for bf16 and fp32.
 
     Raises:
         UserError: naming the field, its value, the rule and the fix.
@@ -108,6 +122,11 @@ def check_shapes(config: TrainConfig, student: ModelShape, teacher: ModelShape) 
         if name not in FP8:
             continue
         tp = parallel.tensor_model_parallel_size
+        if config.precision.first_last_layers_bf16 and shape.layers <= 2:
+            raise UserError(
+                f"precision.first_last_layers_bf16 = True: of the {shape.layers} layers of the model with {field} = "
+                f"{name!r} it leaves none to FP8. Set it to false, or use bf16."
+            )
         for what, width in (
             ("hidden size", shape.hidden),
             ("QKV width on a rank", (shape.q_width + 2 * shape.kv_width) // tp),
@@ -172,7 +191,7 @@ def check_engine(config: TrainConfig) -> None:
             _require_engine(f"{prefix}parallel.sequence_parallel = True", "Megatron's own norm has none", "false")
         if (cp := parallel.context_parallel_size) > 1:
             _require_engine(f"{prefix}parallel.context_parallel_size = {cp}", "Megatron's own attention has none", "1")
-    for field, name in (("precision.name", config.precision.name), ("teacher.precision", config.teacher.precision)):
+    for field, name, _ in _models(config):
         if name not in FP8:
             continue
         _require_engine(f"{field} = {name!r}", "Megatron would train bf16 without saying so", "bf16")

@@ -192,7 +192,7 @@ class PrecisionConfig:
     """The student's arithmetic. The LM head and the loss never run in FP8."""
 
     name: str = "bf16"  # bf16 | fp32 | fp8_tensorwise | fp8_blockwise
-    first_last_layers_bf16: bool = True
+    first_last_layers_bf16: bool = True  # of each model in FP8, the teacher too
 
 
 @dataclass

@@ -169,7 +169,9 @@ def model_files(config: TrainConfig, vocabulary: Vocabulary) -> Checkpoints:
     config.objective.validate_vocabulary(vocabulary.size)
     precision, layouts = config.precision, (config.parallel, config.teacher_parallel)
     set_layout(student_gpt, config, layouts[0], model_settings(precision.name, precision.first_last_layers_bf16))
-    set_layout(teacher_gpt, config, layouts[1], model_settings(config.teacher.precision))
+    set_layout(
+        teacher_gpt, config, layouts[1], model_settings(config.teacher.precision, precision.first_last_layers_bf16)
+    )
     width = padded_vocab_size(
         student_gpt.vocab_size,
         teacher_gpt.vocab_size,

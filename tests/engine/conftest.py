@@ -29,3 +29,10 @@ def engine():
 def root(tmp_path_factory, engine):
     """Folder with a tiny student, a teacher and data (`tiny_run.prepare`), in Transformer Engine's layers."""
     return tiny_run.prepare(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory, engine):
+    """As `root`, both of four layers, with hidden states a block of 128 wide, which sequence parallelism gathers."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 4}
+    return tiny_run.prepare(tmp_path_factory.mktemp("wide"), **sizes)

@@ -26,10 +26,10 @@ def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def quantizations(*models: nn.Module) -> Iterator[list[Quantized]]:
-    """Every quantization while the context lasts, the weights of `models` by name."""
+def quantizations(**models: nn.Module) -> Iterator[list[Quantized]]:
+    """Every quantization while the context lasts; weights are named `model:parameter`."""
     calls: list[Quantized] = []
-    names = {p.data_ptr(): name for model in models for name, p in linear_weights(model).items()}
+    names = {p.data_ptr(): f"{which}:{name}" for which, m in models.items() for name, p in linear_weights(m).items()}
     module = import_module("te_stand_in.extension.quantization")
 
     def watched(original):

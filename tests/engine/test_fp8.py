@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import ranks
-import tiny_hf
-import tiny_run
 import torch
 from megatron_chunk import build
 
@@ -14,16 +12,6 @@ from nemo_tsdkd.checks import memory, precision
 TP, SP = "tp", "sequence_parallel"
 LAYERS = 4
 PER_LAYER = {"self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"}
-
-
-@pytest.fixture(scope="session")
-def wide(tmp_path_factory, engine):
-    """A model whose hidden states are one block of 128 wide, as blockwise scaling needs under sequence parallelism."""
-    folder = tmp_path_factory.mktemp("wide")
-    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4}
-    source = tiny_hf.save_hf(folder / "hf", vocab_size=tiny_run.STUDENT_VOCAB, **sizes)
-    ranks.run_ranks(tiny_run.import_hf, 1, source, folder / "wide", meet=False)
-    return folder / "wide"
 
 
 def chunk(checkpoint: Path, name: str, first_last: bool = False, **layout):
@@ -54,9 +42,8 @@ def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_errors_lie_where_the_formats_put_them(wide):
     """bf16 has 8 bits of mantissa, e4m3 has 4: half a step is 2^-9 against 2^-5 of each factor, through four layers."""
-    logits = ranks.run_ranks(all_logits, 1, wide, list(precision.NAMES), [{}])[0]
+    logits = ranks.run_ranks(all_logits, 1, wide / "teacher", list(precision.NAMES), [{}])[0]
     errors = {name: relative(logits[name, 0], logits["fp32", 0]) for name in precision.NAMES}
-    print(errors)
     assert errors["fp32"] == 0 and 1e-3 < errors["bf16"] < 0.02
     for name in precision.FP8:
         assert 3 * errors["bf16"] < errors[name] < 0.25, errors
@@ -66,7 +53,7 @@ def test_sequence_parallelism_changes_no_bit_of_fp8(wide):
     """Each rank quantizes its own rows before they are gathered: with the scale of all, or in whole blocks."""
     layouts = [{TP: 2}, {TP: 2, SP: True}]
     names = ["bf16", *precision.FP8]
-    for logits in ranks.run_ranks(all_logits, 2, wide, names, layouts):
+    for logits in ranks.run_ranks(all_logits, 2, wide / "teacher", names, layouts):
         for name in names:
             assert torch.equal(logits[name, 0], logits[name, 1]), name
         assert relative(logits["fp8_blockwise", 0], logits["bf16", 0]) > 0.01
@@ -80,11 +67,11 @@ def recipe(checkpoint: Path, name: str, first_last: bool) -> tuple[list, list, i
     passes = []
     model.set_is_first_microbatch()
     for _ in range(2):
-        with spy.quantizations(model) as calls:
+        with spy.quantizations(model=model) as calls:
             logits_of(model).square().mean().backward()
         passes.append(calls)
-    fp8 = {call.weight for call in passes[0]} - {None}
-    weights = sum(p.numel() for n, p in spy.linear_weights(model).items() if n in fp8)
+    fp8 = {call.weight for call in passes[0]}
+    weights = sum(p.numel() for n, p in spy.linear_weights(model).items() if f"model:{n}" in fp8)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     return *passes, spy.cached_bytes(model), weights
 
@@ -101,7 +88,7 @@ def test_the_recipe_its_layers_and_what_is_kept(name, first_last, root):
     assert formats == expected
     layers = range(1, LAYERS - 1) if first_last else range(LAYERS)
     names = [c.weight for c in first if c.weight]
-    assert sorted(names) == sorted(f"decoder.layers.{i}.{part}.weight" for i in layers for part in PER_LAYER)
+    assert sorted(names) == sorted(f"model:decoder.layers.{i}.{part}.weight" for i in layers for part in PER_LAYER)
     assert not [c for c in second if c.weight], "weights are quantized once a step"
     assert len(second) == len(first) - len(names)  # inputs and gradients each time
     assert kept == memory.FP8_STUDENT * weights
@@ -137,7 +124,7 @@ def teacher_readings(checkpoint: Path, name: str, offload: bool) -> dict:
 
     old, new = teacher(), teacher()
     seen = {"before": hidden(old), "kept": spy.cached_bytes(old.module)}
-    with spy.quantizations(old.module) as calls:
+    with spy.quantizations(teacher=old.module) as calls:
         seen["again"] = hidden(old)
     seen["weights"] = sum(p.numel() for p in spy.linear_weights(old.module).values())
     seen["scalings"] = {call.scaling for call in calls}

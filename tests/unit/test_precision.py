@@ -68,6 +68,28 @@ def test_fp8_without_transformer_engine_is_an_error(field, monkeypatch):
     precision.check_engine(config())  # bf16 does not need it
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "field"), [("fp32", "bf16", "precision.name"), ("bf16", "fp32", "teacher.precision")]
+)
+def test_fp32_under_context_parallelism_is_an_error_before_a_model_is_built(student, teacher, field):
+    c = config(student, teacher, context_parallel_size=2)
+    with pytest.raises(ValueError, match=rf"{field} = 'fp32'.*the model's context_parallel_size is 2\. Use bf16"):
+        precision.check_names(c)
+    c.parallel.context_parallel_size = 1
+    precision.check_names(c)
+
+
+@pytest.mark.parametrize("field", ["precision.name", "teacher.precision"])
+def test_a_model_of_which_no_layer_would_be_fp8_is_named(field):
+    c = config("fp8_tensorwise") if field == "precision.name" else config(teacher="fp8_tensorwise")
+    two, three = (ModelShape(layers=n, hidden=64, heads=4, kv_heads=2, ffn=64, vocab=512) for n in (2, 3))
+    with pytest.raises(ValueError, match=rf"first_last_layers_bf16 = True: of the 2 layers .* with {field}"):
+        precision.check_shapes(c, two, two)
+    precision.check_shapes(c, three, three)
+    c.precision.first_last_layers_bf16 = False
+    precision.check_shapes(c, two, two)
+
+
 def test_sequence_parallelism_on_a_gpu_without_transformer_engine_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
     c = config(tp=2, sequence_parallel=True)
@@ -107,7 +129,7 @@ def test_production_pairs_have_dimensions_fp8_can_multiply(name):
 
 
 def test_blocks_of_fp8_must_fill_a_sequence_shard_s_rows():
-    shape = ModelShape(layers=2, hidden=192, heads=4, kv_heads=2, ffn=256, vocab=512)
+    shape = ModelShape(layers=3, hidden=192, heads=4, kv_heads=2, ffn=256, vocab=512)
     precision.check_shapes(config("fp8_blockwise"), shape, TEACHER)
     precision.check_shapes(config("fp8_tensorwise", sequence_parallel=True), shape, TEACHER)
     with pytest.raises(ValueError, match="gathers blocks of 128, but the hidden size is 192"):
@@ -115,7 +137,7 @@ def test_blocks_of_fp8_must_fill_a_sequence_shard_s_rows():
 
 
 def test_an_mlp_cut_too_thin_is_named():
-    shape = ModelShape(layers=2, hidden=64, heads=4, kv_heads=2, ffn=72, vocab=512)
+    shape = ModelShape(layers=3, hidden=64, heads=4, kv_heads=2, ffn=72, vocab=512)
     with pytest.raises(ValueError, match=r"MLP width on a rank is 36 at TP 2"):
         precision.check_shapes(config("fp8_tensorwise"), shape, TEACHER)
     precision.check_shapes(config("bf16"), shape, TEACHER)
