@@ -21,7 +21,7 @@ SP = "sequence_parallel"
 
 @dataclass
 class Run:
-    metrics: list[dict]  # without times
+    metrics: list[dict]  # without times and what tells of the layout
     weights: dict[str, torch.Tensor]  # of the trained model, whole
     began_with: dict[str, torch.Tensor]
     quantized: list  # spy.Quantized, in order; of one rank
@@ -59,22 +59,26 @@ def _run(config: TrainConfig, fusions: bool) -> Run:
     with seen:
         module.train(config)
     run_dir = Path(config.run_dir)
-    metrics = [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(run_dir / "metrics.jsonl")]
+    of_layout = (*TIMES, "teacher_bytes_sent")
+    metrics = [{k: v for k, v in row.items() if k not in of_layout} for row in read_metrics(run_dir / "metrics.jsonl")]
     trained = saved_weights(step_folder(run_dir, config.max_steps))
     return Run(metrics, trained, saved_weights(Path(config.student.path)), calls[0])
 
 
-def compare(outcome: Run, expected: Run, metrics: float, updates: float) -> None:
-    """Metrics within a relative tolerance, and within another what each weight learned; padding rows aside."""
+# What near-ties decide, and a norm of which they are a part: with 16 bits and fewer, rounding tips some.
+TIPPING = ("rank_agreement", "opener_fraction", "indirect", "grad_norm")
+
+
+def compare(outcome: Run, expected: Run, *, metrics: float, tipping: float, updates: float) -> None:
+    """Metrics within relative tolerances, and within another what each weight learned; padding rows aside."""
     for row, expected_row in zip(outcome.metrics, expected.metrics, strict=True):
         assert row.keys() == expected_row.keys()
-        for name in row:
-            assert row[name] == pytest.approx(expected_row[name], rel=metrics, abs=metrics / 10), (row["step"], name)
+        for name, value in row.items():
+            tolerance = tipping if name in TIPPING else metrics
+            close = pytest.approx(expected_row[name], rel=tolerance, abs=tolerance / 10)
+            assert value == close, f"step {row['step']}, {name}: {value}, not {expected_row[name]}"
     assert outcome.weights.keys() == expected.weights.keys() == expected.began_with.keys()
     for name, start in expected.began_with.items():
         ours, theirs = (of.weights[name][: len(start)].float() for of in (outcome, expected))
-        learned = (theirs - start.float()).norm()
-        assert learned > 0 and (ours - theirs).norm() <= updates * learned, (
-            name,
-            ((ours - theirs).norm() / learned).item(),
-        )
+        error, learned = (ours - theirs).norm().item(), (theirs - start.float()).norm().item()
+        assert learned > 0 and error <= updates * learned, f"{name}: {error} off of {learned} learned"

@@ -81,4 +81,5 @@ def test_a_run_s_metrics_and_weights_equal_those_without(layout, root, tmp_path)
         config.precision.name = config.teacher.precision = "bf16"
         outcomes[name] = run(config)[0]
     # Choices (openers, most uncertain tokens, the teacher's order) may tip at near-ties of bf16's entropies.
-    compare(outcomes[layout], outcomes["1"], metrics=0.02, updates=0.3)
+    # Adam's first steps are as long for a gradient near its rounding as for any other: hence the width of the last.
+    compare(outcomes[layout], outcomes["1"], metrics=0.02, tipping=0.15, updates=0.6)

@@ -100,23 +100,23 @@ def teacher_readings(checkpoint: Path, name: str, offload: bool) -> dict:
 
     from nemo_tsdkd.config.schema import TeacherConfig
     from nemo_tsdkd.megatron.checkpoints.load import gpt_config
-    from nemo_tsdkd.megatron.teacher import Teacher
+    from nemo_tsdkd.megatron.teacher_pass import TeacherPass
 
     build(checkpoint)  # Megatron's groups
     tokens = torch.randint(0, 300, (2, 64), generator=torch.Generator().manual_seed(5))
     batch = {"tokens": tokens, "position_ids": torch.arange(64)[None].expand_as(tokens)}
     batch["response_mask"] = torch.ones_like(tokens, dtype=torch.bool)
 
-    def teacher():
+    def teacher() -> TeacherPass:
         config = gpt_config(checkpoint)
         for field, value in precision.model_settings(name, False).items():
             setattr(config, field, value)
-        return Teacher(config, checkpoint, TeacherConfig(micro_batch_size=1, offload_weights=offload))
+        return TeacherPass(config, checkpoint, TeacherConfig(offload_weights=offload), None, keep_head=True)
 
-    def hidden(of) -> torch.Tensor:
-        return torch.cat(of.read([batch])[0])
+    def hidden(of: TeacherPass) -> torch.Tensor:
+        return of.forward([batch, batch], rows=2 * tokens.numel())
 
-    def load_others(of) -> None:
+    def load_others(of: TeacherPass) -> None:
         """In place, as `load_weights` does; where they wait on the host, there."""
         with torch.no_grad():
             for parameter in of.module.parameters():
@@ -128,6 +128,7 @@ def teacher_readings(checkpoint: Path, name: str, offload: bool) -> dict:
         seen["again"] = hidden(old)
     seen["weights"] = sum(p.numel() for p in spy.linear_weights(old.module).values())
     seen["scalings"] = {call.scaling for call in calls}
+    seen["times"] = len([call for call in calls if call.weight]) / len(spy.linear_weights(old.module))
     load_others(old)
     load_others(new)
     return seen | {"after": hidden(old), "expected": hidden(new)}
@@ -139,5 +140,6 @@ def test_a_teacher_is_quantized_anew_after_a_load_and_keeps_one_copy(name, offlo
     seen = ranks.run_ranks(teacher_readings, 1, root / "teacher", name, offload)[0]
     assert torch.equal(seen["before"], seen["again"])
     assert torch.equal(seen["after"], seen["expected"]) and relative(seen["after"], seen["before"]) > 0.05
-    assert "whole" in seen["scalings"] if name == "fp8_tensorwise" else "1D" in seen["scalings"]
+    assert seen["scalings"] == ({"whole"} if name == "fp8_tensorwise" else {"1D", "2D"})
+    assert seen["times"] == 1, "once for both micro-batches"
     assert seen["kept"] == (0 if offload else memory.FP8_TEACHER * seen["weights"])

@@ -32,7 +32,7 @@ def test_layouts_and_fusions_change_nothing_in_fp32(root, tmp_path):
     """Sequence-parallel norms, pipeline stages, the rotary kernel, gradients accumulated inside the products."""
     alone = run(configure(root, tmp_path / "1", 1, "fp32"), fusions=False)[0]
     whole = run(configure(root, tmp_path / "4", 4, "fp32", **{TP: 2, PP: 2, SP: True}))[0]
-    compare(whole, alone, metrics=1e-5, updates=1e-3)
+    compare(whole, alone, metrics=1e-5, tipping=1e-5, updates=1e-3)
     assert not alone.quantized and not whole.quantized
 
 
@@ -59,7 +59,7 @@ def test_a_teacher_on_the_host_teaches_the_same_in_fp8(root, tmp_path):
     config = configure(root, tmp_path / "host", 1, "fp8_tensorwise")
     config.teacher.offload_weights = config.teacher.offload_hidden_states = True
     offloaded = run(config)[0]
-    compare(offloaded, kept, metrics=0, updates=0)
+    compare(offloaded, kept, metrics=0, tipping=0, updates=0)
     for outcome in (kept, offloaded):
         require_once_a_step(outcome, "teacher", 4)
         require_once_a_step(outcome, "student", 2)
@@ -76,7 +76,7 @@ def test_blocks_with_sequence_parallelism(wide, tmp_path):
         for which in ("student", "teacher"):
             require_once_a_step(outcomes[layout], which, 4)
         assert {call.scaling for call in outcomes[layout].quantized} == {"1D", "2D"}
-    compare(outcomes["tp2_sp"], outcomes["tp1"], metrics=0.15, updates=0.8)
+    compare(outcomes["tp2_sp"], outcomes["tp1"], metrics=0.1, tipping=0.4, updates=0.8)
 
 
 def test_the_first_and_last_layers_flag_holds_for_both_models(wide, tmp_path):
@@ -92,4 +92,15 @@ def test_fp8_with_context_and_tensor_parallelism(root, tmp_path):
     alone = run(configure(root, tmp_path / "1", 1, "fp8_tensorwise"))[0]
     split = run(configure(root, tmp_path / "4", 4, "fp8_tensorwise", **{CP: 2, TP: 2, SP: True}))[0]
     require_once_a_step(split, "student", 2)
-    compare(split, alone, metrics=0.15, updates=0.8)
+    compare(split, alone, metrics=0.1, tipping=0.4, updates=0.8)
+
+
+def test_an_fp8_teacher_in_a_layout_of_its_own(root, tmp_path):
+    """Its groups take the place of the student's for its pass, also in Transformer Engine's modules."""
+    one = run(configure(root, tmp_path / "one", 2, "fp8_tensorwise"))[0]
+    config = configure(root, tmp_path / "own", 2, "fp8_tensorwise")
+    config.teacher.parallel.tensor_model_parallel_size = 2
+    config.teacher.parallel.sequence_parallel = True
+    own = run(config)[0]
+    require_once_a_step(own, "teacher", 4)
+    compare(own, one, metrics=0.1, tipping=0.4, updates=0.8)
