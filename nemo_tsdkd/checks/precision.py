@@ -122,11 +122,6 @@ def check_shapes(config: TrainConfig, student: ModelShape, teacher: ModelShape) 
         if name not in FP8:
             continue
         tp = parallel.tensor_model_parallel_size
-        if config.precision.first_last_layers_bf16 and shape.layers <= 2:
-            raise UserError(
-                f"precision.first_last_layers_bf16 = True: of the {shape.layers} layers of the model with {field} = "
-                f"{name!r} it leaves none to FP8. Set it to false, or use bf16."
-            )
         for what, width in (
             ("hidden size", shape.hidden),
             ("QKV width on a rank", (shape.q_width + 2 * shape.kv_width) // tp),
@@ -149,6 +144,11 @@ def check_shapes(config: TrainConfig, student: ModelShape, teacher: ModelShape) 
             raise UserError(
                 f"data.seq_length = {config.data.seq_length}: {name!r} in {field} needs the tokens of a micro-batch "
                 f"({rows} x seq_length) in multiples of {multiple}. Use {round_up(config.data.seq_length, step)}."
+            )
+        if config.precision.first_last_layers_bf16 and shape.layers <= 2:
+            raise UserError(
+                f"precision.first_last_layers_bf16 = True: of the {shape.layers} layers of the model with {field} = "
+                f"{name!r} it leaves none to FP8. Set it to false, or use bf16."
             )
 
 
