@@ -1,24 +1,33 @@
 """Rollouts against Hugging Face's `generate` on the same weights, prompts and threads: response tokens a second.
 
     python benchmarks/rollout.py [--models student teacher] [--threads 1] [--repeats 3] [--json FILE]
+        [--before CHECKOUT]
 
 Random Qwen2 models of the demo's sizes, in one process, sampling at temperature 1. `fixed`: 32 prompts of 28 tokens,
 128 new tokens each; no padding, Hugging Face's best case. `mixed`: prompts of 8 to 48 tokens, and each token ends the
 response with a chance of about 1/40, so lengths spread from 1 to the limit of 128; once for the 32 prompts of one
 batch, once for 128 prompts. Hugging Face takes batches of 32 in the prompts' order, padded on the left; `re-forward`
 is the same without a KV cache. `benchmarks/step.py` has a whole training step's times.
+
+The rows of `ours` also count, over a whole rollout, what a token costs the host. A token here is one pass of the
+model, which writes one token of each sequence. `operators_per_token` counts operators that do work (views and
+allocations do none), `host_reads_per_token` the waits for a value from the device. `graphs` is the number of shapes in
+which a decode step came at least twice: as many CUDA graphs are captured where there is CUDA. With `--before`, the code
+of another checkout is measured in the same turns, in a process of its own; its figures carry the prefix `before_`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 BATCH, NEW_TOKENS, VOCAB = 32, 128, 112
 MODELS = ("student", "teacher")  # recipes of the demo
@@ -69,44 +78,118 @@ def prompts(count: int, shortest: int, longest: int) -> list[list[int]]:
     return [torch.randint(50, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
-def ours(folder: Path) -> Callable[[list[list[int]], list[int]], int]:
-    """A function from prompts and end ids to the number of response tokens it wrote."""
-    from nemo_tsdkd.config.schema import ParallelConfig, RolloutConfig
-    from nemo_tsdkd.data.tokenizer import Vocabulary
-    from nemo_tsdkd.megatron.checkpoints.load import gpt_config
-    from nemo_tsdkd.megatron.rollout.generation import generate
-    from nemo_tsdkd.megatron.rollout.responses import load_for_decoding
+Writer = Callable[[list[list[int]], list[int]], int]  # from prompts and end ids to the number of tokens it wrote
 
-    model = load_for_decoding(gpt_config(folder / "nemo"), folder / "nemo", ParallelConfig())
 
-    def write(batch: list[list[int]], eos_ids: list[int]) -> int:
-        responses = generate(
-            model,
-            batch,
-            config=RolloutConfig(max_new_tokens=NEW_TOKENS, batch_size=BATCH),
-            sample_ids=list(range(len(batch))),
-            seed=0,
-            step=0,
-            vocabulary=Vocabulary(VOCAB, 0, tuple(eos_ids)),
-            max_length=256,
-            tp_group=None,
-            pp_group=None,
-        )
+class Ours:
+    """`generate` of the package that is imported, on the models in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        from nemo_tsdkd.config.schema import ParallelConfig, RolloutConfig
+        from nemo_tsdkd.megatron.checkpoints.load import gpt_config
+        from nemo_tsdkd.megatron.rollout.responses import load_for_decoding
+
+        self.model = load_for_decoding(gpt_config(folder / "nemo"), folder / "nemo", ParallelConfig())
+        self.config = RolloutConfig(max_new_tokens=NEW_TOKENS, batch_size=BATCH)
+
+    def _arguments(self, eos_ids: list[int]) -> dict[str, Any]:
+        from nemo_tsdkd.data.tokenizer import Vocabulary
+
+        vocabulary = Vocabulary(VOCAB, 0, tuple(eos_ids))
+        return {"config": self.config, "vocabulary": vocabulary, "tp_group": None, "pp_group": None}
+
+    def __call__(self, batch: list[list[int]], eos_ids: list[int]) -> int:
+        from nemo_tsdkd.megatron.rollout.generation import generate
+
+        call = {"sample_ids": list(range(len(batch))), "seed": 0, "step": 0, "max_length": 256}
+        responses = generate(self.model, batch, **call, **self._arguments(eos_ids))
         return sum(len(response.token_ids) for response in responses)
 
-    return write
+    def graphs(self, batch: list[list[int]], eos_ids: list[int]) -> int:
+        from nemo_tsdkd.megatron.rollout.generation import Decoder
+
+        with Decoder(self.model, **self._arguments(eos_ids)) as decoder:
+            decoder.generate(batch, sample_ids=list(range(len(batch))), seed=0, step=0, max_length=256)
+            return sum(runs > 1 for runs in decoder.regions.runs.values())
 
 
-def hugging_face(folder: Path, use_cache: bool) -> Callable[[list[list[int]], list[int]], int]:
+def counted(write: Writer, batch: list[list[int]], eos_ids: list[int]) -> dict[str, float]:
+    """What a token of a rollout costs the host: see the file's docstring."""
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    total = {"operators": 0, "host_reads": 0, "passes": 0}
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name, returns = func._schema.name.split("::")[1], func._schema.returns
+            view = returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+            total["operators"] += not (view or "empty" in name or name == "_unsafe_view")
+            total["passes"] += name == "embedding"
+            return func(*args, **(kwargs or {}))
+
+    class Reads(TorchFunctionMode):
+        """A CPU's operators show no read: where the tensor lies, there it is read."""
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            name = getattr(func, "__name__", "")
+            total["host_reads"] += name in ("tolist", "item", "numpy", "__bool__", "__int__", "__float__", "__index__")
+            return func(*args, **(kwargs or {}))
+
+    with Reads(), Operators():
+        write(batch, eos_ids)
+    passes = total.pop("passes")
+    return {f"{name}_per_token": count / passes for name, count in total.items()}
+
+
+def serve(folder: Path) -> None:
+    """Answer lines of JSON on standard input: the writer that `Elsewhere` asks."""
+    write = Ours(folder)
+    for line in sys.stdin:
+        request = json.loads(line)
+        given = request["prompts"], request["eos_ids"]
+        print("answer", json.dumps(counted(write, *given) if request["count"] else write(*given)), flush=True)
+
+
+class Elsewhere:
+    """`Ours` of another checkout, in a process of its own."""
+
+    def __init__(self, folder: Path, checkout: Path, threads: int) -> None:
+        command = [sys.executable, "-W", "ignore", __file__, "--folder", folder, "--threads", threads, "--serve"]
+        environment = os.environ | {"PYTHONPATH": str(checkout.resolve())}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(list(map(str, command)), text=True, env=environment, cwd=checkout, **pipes)
+
+    def _ask(self, batch: list[list[int]], eos_ids: list[int], count: bool) -> Any:
+        self._process.stdin.write(json.dumps({"prompts": batch, "eos_ids": eos_ids, "count": count}) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("answer "):
+                return json.loads(line.removeprefix("answer "))
+        raise RuntimeError(f"the process of the other checkout ended with {self._process.wait()}")
+
+    def __call__(self, batch: list[list[int]], eos_ids: list[int]) -> int:
+        return self._ask(batch, eos_ids, count=False)
+
+    def counted(self, batch: list[list[int]], eos_ids: list[int]) -> dict[str, float]:
+        return self._ask(batch, eos_ids, count=True)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def hugging_face(folder: Path, use_cache: bool) -> Writer:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "hf").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf").eval().to(device)
 
     def write_batch(batch: list[list[int]], eos_ids: list[int]) -> int:
         longest = max(map(len, batch))
-        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in batch])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
+        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in batch], device=device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device)
         out = model.generate(
             tokens,
             attention_mask=mask,
@@ -117,7 +200,7 @@ def hugging_face(folder: Path, use_cache: bool) -> Callable[[list[list[int]], li
             pad_token_id=0,
             use_cache=use_cache,
         )[:, longest:]
-        ended = torch.isin(out, torch.tensor(eos_ids)).cumsum(-1)
+        ended = torch.isin(out.cpu(), torch.tensor(eos_ids)).cumsum(-1)
         return int((ended.roll(1, -1).index_fill(-1, torch.tensor(0), 0) == 0).sum())  # the first end token counts
 
     def write(batch: list[list[int]], eos_ids: list[int]) -> int:
@@ -126,35 +209,46 @@ def hugging_face(folder: Path, use_cache: bool) -> Callable[[list[list[int]], li
     return write
 
 
-def measure(folder: Path, repeats: int) -> list[dict]:
+def measure(folder: Path, repeats: int, before: Elsewhere | None) -> list[dict]:
     """Every workload on every implementation, in turns; the fastest of `repeats` runs each."""
     import torch
 
     torch.manual_seed(0)
-    writers = {
-        "ours": ours(folder),
+    write = Ours(folder)
+    writers: dict[str, Writer] = {
+        "ours": write,
         "Hugging Face": hugging_face(folder, use_cache=True),
         "re-forward": hugging_face(folder, use_cache=False),
     }
+    if before:
+        writers["before"] = before
     rows = []
     for workload, (*shape, eos_ids) in WORKLOADS.items():
         best: dict[str, tuple[float, int]] = {}
         for repeat in range(repeats + 1):
-            for name, write in writers.items():
+            for name, writer in writers.items():
                 if name == "re-forward" and workload != "fixed":
                     continue  # minutes, to show the same
                 start = time.perf_counter()
-                tokens = write(prompts(*shape), eos_ids)
+                tokens = writer(prompts(*shape), eos_ids)
                 speed = tokens / (time.perf_counter() - start)
                 if repeat and speed > best.get(name, (0.0, 0))[0]:  # the first round warms up
                     best[name] = speed, tokens
+        speed_before = best.pop("before", (0.0, 0))[0]
         for name, (speed, tokens) in best.items():
             row = {"workload": workload, "writer": name, "response_tokens": tokens, "tokens_per_second": speed}
             rows.append(row | {"times_hugging_face": speed / best["Hugging Face"][0]})
+            if name == "ours":
+                rows[-1] |= counted(write, prompts(*shape), eos_ids)
+                rows[-1]["graphs"] = write.graphs(prompts(*shape), eos_ids)
+                if before:
+                    earlier = {"tokens_per_second": speed_before} | before.counted(prompts(*shape), eos_ids)
+                    earlier["times_hugging_face"] = speed_before / best["Hugging Face"][0]
+                    rows[-1] |= {f"before_{key}": value for key, value in earlier.items()}
     return rows
 
 
-def in_world_of_one(folder: Path, threads: int, repeats: int) -> list[dict]:
+def in_world_of_one(threads: int, work: Callable[[], Any]) -> Any:
     from nemo_tsdkd.distributed import launch
 
     launch.environment()
@@ -164,7 +258,28 @@ def in_world_of_one(folder: Path, threads: int, repeats: int) -> list[dict]:
 
     torch.set_num_threads(threads)
     with process_group():
-        return measure(folder, repeats)
+        return work()
+
+
+def measured(folder: Path, threads: int, repeats: int, checkout: Path | None) -> list[dict]:
+    before = Elsewhere(folder, checkout, threads) if checkout else None
+    try:
+        return in_world_of_one(threads, lambda: measure(folder, repeats, before))
+    finally:
+        if before:
+            before.close()
+
+
+def shown(row: dict) -> str:
+    line = f"{row['tokens_per_second']:9.0f} tokens/s{row['times_hugging_face']:7.2f} x Hugging Face"
+    for prefix in ("", "before_"):
+        if f"{prefix}operators_per_token" in row:
+            if prefix:
+                line += f"\n{'before':>45}{row['before_tokens_per_second']:9.0f} tokens/s"
+                line += f"{row['before_times_hugging_face']:7.2f} x Hugging Face"
+            line += f", {row[prefix + 'operators_per_token']:.0f} operators"
+            line += f" and {row[prefix + 'host_reads_per_token']:.3f} host reads a token"
+    return line + (f", {row['graphs']} graphs" if "graphs" in row and "before_tokens_per_second" not in row else "")
 
 
 def main() -> None:
@@ -173,22 +288,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="of another revision, measured in turns")
     parser.add_argument("--folder", type=Path, help="measure the models in this folder, in this process; print JSON")
+    parser.add_argument("--serve", action="store_true", help="with --folder: write on request")
     args = parser.parse_args()
+    if args.serve:
+        in_world_of_one(args.threads, lambda: serve(args.folder))
+        return
     if args.folder:
-        print(json.dumps(in_world_of_one(args.folder, args.threads, args.repeats)))
+        print(json.dumps(measured(args.folder, args.threads, args.repeats, args.before)))
         return
     print(f"batch {BATCH}, {args.threads} threads, fastest of {args.repeats}, response tokens a second")
     rows = []
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
             save_models(Path(folder), name)
-            options = ("--threads", str(args.threads), "--repeats", str(args.repeats))
+            options = ["--threads", str(args.threads), "--repeats", str(args.repeats)]
+            options += ["--before", str(args.before)] if args.before else []
             out = run_python(__file__, "--folder", folder, *options)
         for row in json.loads(out.splitlines()[-1]):
             rows.append({"model": name, **row})
-            figures = f"{row['tokens_per_second']:9.0f} tokens/s{row['times_hugging_face']:7.2f} x Hugging Face"
-            print(f"{name:9}{row['workload']:18}{row['writer']:14}{figures}", flush=True)
+            print(f"{name:9}{row['workload']:18}{row['writer']:14}{shown(row)}", flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
 

@@ -35,6 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 HEADS = ("logits", "fused")
 REDUCTIONS = ("sequence", "token")
+CUDA_GRAPHS = ("auto", "off")
 # What one tile of the objective holds by default: a CPU's cache keeps it; a GPU's launches cost little beside it.
 TILE_LOGITS = {"cpu": 2**19, "cuda": 2**23}
 MISSING = "???"  # a field the user must set
@@ -225,10 +226,13 @@ class RolloutConfig:
     top_p: float = 1.0  # 1: off
     batch_size: int = 64  # sequences decoded at once on a data-parallel rank
     reuse: int = 1  # optimizer steps on one set of rollouts
+    sync_every: int = 8  # decode steps between two looks of the host at which sequences have ended
+    cuda_graphs: str = "auto"  # auto | off: replay decode steps as CUDA graphs where they can be captured
 
     def validate(self) -> None:
         validation.share(self, "rollout.", "lmbda", "top_p")
-        validation.positive(self, "rollout.", "max_new_tokens", "top_p", "batch_size", "reuse")
+        validation.positive(self, "rollout.", "max_new_tokens", "top_p", "batch_size", "reuse", "sync_every")
+        validation.one_of("rollout.cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
         validation.not_negative(self, "rollout.", "temperature", "top_k")
 
 

@@ -1,8 +1,9 @@
 """What a rollout decides before and after the model runs: who is decoded when, and what counts as a response.
 
 Nothing here knows a model. `Schedule` plays continuous batching over the rows of a KV cache: prompts wait, longest
-first; a finished sequence leaves at once; the rows in use are always the first ones, so that a pass never computes
-an empty row; when an eighth of the batch is free, waiting prompts are prefilled together.
+first; the rows in use are always the first ones; when an eighth of the batch is free, waiting prompts are prefilled
+together. It learns what was written once a window of several decode steps: a sequence that ends within a window keeps
+its row until the window's end.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from nemo_tsdkd.config.integers import round_up
 
 REFILL_SHARE = 8  # prefill when 1/8 of the rows is free: one pass for several prompts
 PREFILL_TOKENS = 16384  # most tokens, padding included, of one prefill pass: bounds its activations
+NOTHING = -2  # in place of a token where a row, having ended, wrote none; -1 is sampling.NO_TOKEN
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,21 @@ class Response:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One forward pass: the n sequences in the cache's rows `first_row` onwards and the tokens they feed."""
+class Prefill:
+    """One pass over whole prompts, into the cache's rows `first_row` onwards."""
 
     first_row: int
-    sequences: list[int]  # [n] indices of the prompts
-    token_ids: list[list[int]]  # [n] a whole prompt each, or one token each
-    positions: list[int]  # [n] of the last token fed
-    prefill: bool
+    prompts: list[list[int]]  # the longest first
+
+
+class Row(NamedTuple):
+    """Where the sequence in one row of the cache stands."""
+
+    sequence: int  # index of its prompt
+    token: int  # written last and fed next; 0 before the first
+    position: int  # of that token, or of the prompt's last one before the first is written
+    written: int  # tokens of the response so far
+    limit: int  # most tokens of the response
 
 
 def interleave(parts: Sequence[Sequence[Response]]) -> list[Response]:
@@ -43,10 +54,16 @@ def interleave(parts: Sequence[Sequence[Response]]) -> list[Response]:
     return everything
 
 
+def row_bucket(rows: int, most: int) -> int:
+    """How many rows a step computes so that `rows` are among them: 1, 2, 4 or a multiple of 8, at most `most`."""
+    return min(next((n for n in (1, 2, 4) if n >= rows), round_up(rows, 8)), most)
+
+
 class Schedule:
     """Continuous batching of `prompts` over `batch_size` cache rows.
 
-    Call `next_pass()`, run it, hand its sampled tokens to `record()`, until `finished`.
+    Until `finished`: run what `admit()` returns, then one decode step over `rows()` for each element of `window()`, and
+    hand what was written to `record()`.
 
     Raises:
         ValueError: an empty prompt, or one that leaves no room for a response within `max_length`.
@@ -84,40 +101,53 @@ class Schedule:
         """Tokens the longest sequence can put into the cache; the last one written is never fed."""
         return max((len(p) + n - 1 for p, n in zip(self.prompts, self.limits, strict=True)), default=0)
 
-    def next_pass(self) -> Pass:
-        """Prefill waiting prompts if enough rows are free, else feed every live sequence its last token."""
-        free = self.batch_size - len(self.live)
-        wanted = min(max(1, self.batch_size // REFILL_SHARE), len(self.waiting))
-        if wanted and free >= wanted:
-            return self._prefill(free)
-        return Pass(
-            first_row=0,
-            sequences=list(self.live),
-            token_ids=[self.written[i][-1:] for i in self.live],
-            positions=[len(self.prompts[i]) + len(self.written[i]) - 1 for i in self.live],
-            prefill=False,
-        )
+    def admit(self) -> list[Prefill]:
+        """Passes over waiting prompts, which now hold rows; none unless enough rows are free."""
+        passes = []
+        while self.waiting:
+            free = self.batch_size - len(self.live)
+            if free < min(max(1, self.batch_size // REFILL_SHARE), len(self.waiting)):
+                break
+            longest = len(self.prompts[self.waiting[0]])
+            count = min(free, len(self.waiting), max(1, PREFILL_TOKENS // longest))
+            admitted = [self.waiting.popleft() for _ in range(count)]
+            passes.append(Prefill(len(self.live), [list(self.prompts[i]) for i in admitted]))
+            self.live += admitted
+        return passes
 
-    def _prefill(self, free: int) -> Pass:
-        longest = len(self.prompts[self.waiting[0]])
-        count = min(free, len(self.waiting), max(1, PREFILL_TOKENS // longest))
-        admitted = [self.waiting.popleft() for _ in range(count)]
-        first_row = len(self.live)
-        self.live += admitted
-        prompts = [list(self.prompts[i]) for i in admitted]
-        return Pass(first_row, admitted, prompts, [len(p) - 1 for p in prompts], prefill=True)
+    def rows(self) -> list[Row]:
+        """The rows in use, as they stand before a window and its prefills."""
+        rows = []
+        for i in self.live:
+            written = self.written[i]
+            position = len(self.prompts[i]) + len(written) - 1
+            rows.append(Row(i, written[-1] if written else 0, position, len(written), self.limits[i]))
+        return rows
 
-    def record(self, done: Pass, token_ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Append each sequence's sampled token; drop the finished ones.
+    def window(self, steps: int) -> list[int]:
+        """For each decode step until the host looks again, how many of the cache's positions any row may use.
+
+        At most `steps`, and none beyond what the limits allow: at least one row may still write in each.
+        """
+        ranges = []  # positions that each row feeds from now on, if no end-of-sequence token comes
+        for i in self.live:
+            first = len(self.prompts[i]) + max(len(self.written[i]), 1) - 1  # its prefill writes the first token
+            ranges.append((first, len(self.prompts[i]) + self.limits[i] - 1))
+        steps = min(steps, max((end - first for first, end in ranges), default=0))
+        return [max(min(first + step + 1, end) for first, end in ranges) for step in range(steps)]
+
+    def record(self, history: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+        """Append what each pass of a window wrote, a list of a token a row each (NOTHING where there is none); drop
+        the sequences that ended.
 
         Returns:
             (source, target) rows the cache must copy, in this order, to close the gaps.
         """
         ended = []
-        for row, (sequence, token) in enumerate(zip(done.sequences, token_ids, strict=True), done.first_row):
+        for row, (sequence, tokens) in enumerate(zip(self.live, zip(*history, strict=True), strict=True)):
             written = self.written[sequence]
-            written.append(token)
-            if token in self.eos_ids or len(written) == self.limits[sequence]:
+            written += [token for token in tokens if token != NOTHING]
+            if written[-1] in self.eos_ids or len(written) == self.limits[sequence]:
                 ended.append(row)
         moves = []
         for row in reversed(ended):

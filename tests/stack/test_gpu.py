@@ -1,7 +1,12 @@
 """What only a GPU can tell: kernels, ours and Transformer Engine's. Skipped, never passed, without one."""
 
+import json
+from pathlib import Path
+
 import oracle
 import pytest
+import ranks
+import tiny_run
 import torch
 from engine_cases import *  # noqa: F403  tests
 from objective_cases import Case
@@ -49,3 +54,77 @@ def test_the_fused_head_equals_the_logits_path():
     inputs = [given["student_hidden"], given["student_weight"]]
     for a, b in zip(torch.autograd.grad(fused.loss, inputs), torch.autograd.grad(plain.loss, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def graphs_and_eager_steps(checkpoint: Path) -> dict:
+    """What a real capture may change, and what it holds: tokens with and without graphs, also after the weights
+    changed in place and after one moved; graphs captured; bytes reserved before, with and after them."""
+    import rollout_record
+
+    from nemo_tsdkd.config.schema import RolloutConfig
+    from nemo_tsdkd.data.tokenizer import Vocabulary
+    from nemo_tsdkd.megatron.rollout.generation import Decoder
+
+    model = rollout_record.student(checkpoint, 1, 1).cuda()
+    cases = json.loads(rollout_record.FILE.read_text())["cases"]
+    case = cases[-1]
+    call = {name: case[name] for name in ("prompts", "sample_ids", "seed", "step", "max_length")}
+
+    def decoder(**rules):
+        config = RolloutConfig(**case["rules"] | rules)
+        vocabulary = Vocabulary(tiny_run.STUDENT_VOCAB, 0, tuple(case["eos_ids"]))
+        return Decoder(model, config=config, vocabulary=vocabulary, tp_group=None, pp_group=None)
+
+    def eager():
+        with decoder(cuda_graphs="off") as other:
+            return other.generate(**call)
+
+    torch.cuda.empty_cache()
+    seen = {"reserved": [torch.cuda.memory_reserved()], "graphs": [], "equal": []}
+    with decoder() as kept:
+        for change in ("none", "none", "in place", "moved", "none"):
+            parameter = next(model.parameters())
+            if change == "in place":
+                parameter.data.mul_(1.5)
+            elif change == "moved":
+                parameter.data = parameter.data / 1.5
+            seen["equal"].append(kept.generate(**call) == eager())
+            seen["graphs"].append(kept.regions.captured)
+        seen["reserved"].append(torch.cuda.memory_reserved())
+    torch.cuda.empty_cache()
+    seen["reserved"].append(torch.cuda.memory_reserved())
+    seen["rules"] = [
+        rollout_record.written(model, case) == rollout_record.written(model, case, cuda_graphs="off") for case in cases
+    ]
+    return seen
+
+
+def test_cuda_graphs_write_what_eager_steps_do_and_leave_no_memory(root):
+    seen = ranks.run_ranks(graphs_and_eager_steps, 1, root / "student")[0]
+    assert all(seen["equal"]) and all(seen["rules"]), seen  # the same kernels: not even rounding may differ
+    first, second, in_place, moved, again = seen["graphs"]
+    assert second == in_place == again > 5 and first > 0 and moved > 0, seen
+    before, with_graphs, after = seen["reserved"]
+    assert before == after < with_graphs
+
+
+def graphs_over_nccl(checkpoint: Path, tp: int, pp: int) -> list[bool]:
+    import os
+
+    import rollout_record
+    import torch.distributed as dist
+
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl")
+    model = rollout_record.student(checkpoint, tp, pp).cuda()
+    cases = json.loads(rollout_record.FILE.read_text())["cases"][-3:]
+    return [
+        rollout_record.written(model, case) == rollout_record.written(model, case, cuda_graphs="off") for case in cases
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_cuda_graphs_with_nccl_inside_and_stages_outside(root, tp, pp):
+    for rank in ranks.run_ranks(graphs_over_nccl, 2, root / "student", tp, pp, meet=False):
+        assert all(rank)

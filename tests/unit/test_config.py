@@ -172,6 +172,8 @@ def test_ranks_that_share_no_batch_may_be_any_number():
         ("rollout.top_k=-1", "rollout.top_k = -1"),
         ("rollout.temperature=-1", "rollout.temperature = -1.0"),
         ("rollout.reuse=0", "rollout.reuse = 0"),
+        ("rollout.sync_every=0", "rollout.sync_every = 0"),
+        ("rollout.cuda_graphs=on", "rollout.cuda_graphs = "),
         ("rollout.max_new_tokens=64", "rollout.max_new_tokens = 64: must be fewer than data.seq_length = 64"),
         ("optim.lr=0", "optim.lr = 0.0"),
         ("optim.min_lr=1", "optim.min_lr = 1.0: must not exceed optim.lr = 0.001"),

@@ -53,7 +53,7 @@ def test_every_copy_of_the_model_has_as_many_files_and_none_is_large(tmp_path, r
     assert goes_on.size == size
 
 
-@pytest.mark.parametrize("field", ["batch_size", "lmbda", "reuse"])
+@pytest.mark.parametrize("field", ["batch_size", "lmbda", "reuse", "sync_every"])
 def test_what_no_response_depends_on_may_change(tmp_path, field):
     Shards(tmp_path, "jsonl").claim(config(), "teacher", 10, 1)
     changed = config()

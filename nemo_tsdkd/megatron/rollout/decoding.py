@@ -31,11 +31,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nemo_tsdkd.config.integers import round_up
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.distributed.vocab_parallel import all_reduce
-from nemo_tsdkd.rollout.schedule import Pass
 
 # Not cuDNN, torch's first choice on an H100: it makes a plan for each new shape, and every pass of decoding has one.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_MASK_MULTIPLE = 16  # a mask of another length is copied to such a one by every layer's memory-efficient attention
+# The cache's used length grows in such steps: few shapes, so few graphs; and memory-efficient attention wants 16.
+USED_MULTIPLE = 64
 
 
 def check_model(model: GPTModel) -> None:
@@ -60,38 +60,49 @@ def check_model(model: GPTModel) -> None:
 
 
 class KVCache:
-    """Rotated keys and values of every layer of this stage, and where the running pass reads and writes them."""
+    """Rotated keys and values of every layer of this stage, and where the running pass reads and writes them.
+
+    Args:
+        rows: sequences it holds.
+        length: positions of each; rounded up to a multiple of USED_MULTIPLE.
+    """
 
     def __init__(self, model: GPTModel, rows: int, length: int) -> None:
-        length = _round_up(length)
-        self.shape = (rows, length)
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer number: two of [rows, groups, length, D]
+        self.rows, self.length = rows, used_bucket(length)
         parameter = next(model.parameters())
         self.device = parameter.device
+        attention = [layer.self_attention for layer in model.decoder.layers]
+        groups, head_dim = attention[0].num_query_groups_per_partition, attention[0].hidden_size_per_attention_head
+        # Zeros, not what the memory last held: a masked slot that holds NaN would still spoil the sum.
+        shape = (len(attention), 2, rows, groups, self.length, head_dim)
+        self._memory = torch.zeros(shape, dtype=parameter.dtype, device=self.device)
+        self._layers = {a.layer_number: memory for a, memory in zip(attention, self._memory, strict=True)}
+        # Where a row's and group's positions begin in a layer's keys or values, seen as [rows * groups * length, D].
+        self._starts = torch.arange(rows * groups, device=self.device).view(rows, groups) * self.length
         # packed_seq=True: every position, also under context parallelism, whose ranks all decode the same.
-        angles = model.rotary_pos_emb(length, packed_seq=True).squeeze(2)  # [length, 1, D]
-        self.rotations = torch.stack((angles.cos(), angles.sin())).to(parameter.dtype)
+        angles = model.rotary_pos_emb(self.length, packed_seq=True).squeeze(2)  # [length, 1, D]
+        self._rotations = torch.stack((angles.cos(), angles.sin())).to(parameter.dtype)
+        self._slots = torch.arange(self.length, device=self.device)
 
-    def begin(self, batch: Pass) -> None:
-        """Point the layers at the rows and positions of `batch`; compute once what all of them need."""
-        n = len(batch.sequences)
-        self.prefill = batch.prefill
-        if batch.prefill:
-            self.rows = slice(batch.first_row, batch.first_row + n)
-            self.cos, self.sin = self.rotations[:, : max(batch.positions) + 1].unsqueeze(3)  # [S, 1, 1, D]
-        else:
-            positions = torch.tensor(batch.positions, device=self.device)
-            self.cos, self.sin = self.rotations[:, positions].transpose(1, 2).unsqueeze(3)  # [1, n, 1, D]
-            self.target = (torch.arange(n, device=self.device), slice(None), positions)
-            used = _round_up(max(batch.positions) + 1)
-            self.used = (slice(n), slice(None), slice(used))
-            unwritten = torch.arange(used, device=self.device) > positions[:, None]
-            mask = self.rotations.new_zeros(n, used).masked_fill_(unwritten, -torch.inf)
-            self.mask = mask[:, None, None]  # [n, 1, 1, used], added to the scores
+    def begin_prefill(self, rows: slice, length: int) -> None:
+        """Point the layers at the first `length` positions of `rows`."""
+        self._prefill = rows
+        self._cos, self._sin = self._rotations[:, :length].unsqueeze(3)  # [S, 1, 1, D]
+
+    def begin_step(self, positions: Tensor, used: int) -> None:
+        """Point the layers at one position in each of the first rows, [n], and at `used` positions to attend to;
+        compute once what all of them need. Device work alone, fit to be captured."""
+        n = len(positions)
+        self._prefill = None
+        self._cos, self._sin = self._rotations[:, positions].transpose(1, 2).unsqueeze(3)  # [1, n, 1, D]
+        self._places = (self._starts[:n] + positions[:, None]).flatten()  # [n * groups]
+        self._used = (slice(n), slice(None), slice(used))
+        unwritten = self._slots[:used] > positions[:, None]
+        mask = self._rotations.new_zeros(n, used).masked_fill_(unwritten, -torch.inf)
+        self._mask = mask[:, None, None]  # [n, 1, 1, used], added to the scores
 
     def copy_row(self, source: int, target: int) -> None:
-        for keys, values in self.layers.values():
-            keys[target], values[target] = keys[source], values[source]
+        self._memory[:, :, target] = self._memory[:, :, source]
 
     def attend(self, layer: SelfAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Core attention of `layer`: query [S, n, heads, D], key and value [S, n, groups, D] -> [S, n, heads * D].
@@ -102,34 +113,32 @@ class KVCache:
         length, n, heads, head_dim = query.shape
         groups = key.shape[2]
         query, key = self._rotate(torch.cat((query, key), dim=2)).split((heads, groups), dim=2)
-        if layer.layer_number not in self.layers:
-            # Zeros, not what the memory last held: a masked slot that holds NaN would still spoil the sum.
-            memory = key.new_zeros(2, self.shape[0], groups, self.shape[1], head_dim)
-            self.layers[layer.layer_number] = (memory[0], memory[1])
-        keys, values = self.layers[layer.layer_number]
+        keys, values = self._layers[layer.layer_number]
         scale = layer.config.softmax_scale
-        if self.prefill:
+        if self._prefill is not None:
             query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            keys[self.rows, :, :length], values[self.rows, :, :length] = key, value
+            keys[self._prefill, :, :length], values[self._prefill, :, :length] = key, value
             context = functional.scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scale, enable_gqa=True
             )
             return context.permute(2, 0, 1, 3).reshape(length, n, heads * head_dim)
-        keys[self.target], values[self.target] = key[0], value[0]
+        for memory, new in ((keys, key), (values, value)):
+            memory.view(-1, head_dim).index_copy_(0, self._places, new.reshape(-1, head_dim))
         # The heads of a query group read the same keys: as that group's "queries" they need no copies of them.
         query = query.reshape(n, groups, heads // groups, head_dim)
         context = functional.scaled_dot_product_attention(
-            query, keys[self.used], values[self.used], attn_mask=self.mask, scale=scale
+            query, keys[self._used], values[self._used], attn_mask=self._mask, scale=scale
         )
         return context.reshape(1, n, heads * head_dim)
 
     def _rotate(self, x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
-        return x * self.cos + torch.cat((-second, first), dim=-1) * self.sin
+        return x * self._cos + torch.cat((-second, first), dim=-1) * self._sin
 
 
-def _round_up(length: int) -> int:
-    return round_up(length, _MASK_MULTIPLE)
+def used_bucket(length: int) -> int:
+    """How many positions a step attends to so that `length` are among them."""
+    return round_up(length, USED_MULTIPLE)
 
 
 # The forward functions below stand in for Megatron's while decoding: the same products and sums, without autograd

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
@@ -12,12 +15,13 @@ from nemo_tsdkd.config.schema import RolloutConfig
 from nemo_tsdkd.data.tokenizer import Vocabulary
 from nemo_tsdkd.distributed.vocab_parallel import group_size
 from nemo_tsdkd.megatron.gpt import vocab_parallel_logits
-from nemo_tsdkd.megatron.rollout.decoding import KVCache, check_model, decoding
+from nemo_tsdkd.megatron.rollout.decoding import KVCache, check_model, decoding, used_bucket
+from nemo_tsdkd.megatron.rollout.graphs import Regions, new_capture
+from nemo_tsdkd.rollout.rows import Rows
 from nemo_tsdkd.rollout.sampling import NO_TOKEN, fold, sample, step_key
-from nemo_tsdkd.rollout.schedule import Pass, Response, Schedule
+from nemo_tsdkd.rollout.schedule import NOTHING, Prefill, Response, Schedule, row_bucket
 
 
-@torch.no_grad()
 def generate(
     model: GPTModel,
     prompts: list[list[int]],
@@ -48,70 +52,178 @@ def generate(
         UserError: the model is not one this decodes, or a prompt is empty or fills `max_length`.
         FloatingPointError: the student's logits are broken, so that no token can be drawn.
     """
-    check_model(model)
-    schedule = Schedule(
-        prompts,
-        batch_size=config.batch_size,
-        max_new_tokens=config.max_new_tokens,
-        max_length=max_length,
-        eos_ids=vocabulary.eos_ids,
-    )
-    cache = KVCache(model, min(config.batch_size, len(prompts)), schedule.cache_length)
-    device = cache.device
-    sample_keys = fold(step_key(seed, step, device), torch.tensor(sample_ids, device=device))
-    positions = torch.arange(max(schedule.limits, default=0), device=device)
-    keys = fold(sample_keys[:, None], positions)  # [prompts, response positions]
-    with decoding(model, cache):
-        while not schedule.finished:
-            batch = schedule.next_pass()
-            # Before the forward pass is launched: the indices' way to the device would wait for its end.
-            if model.post_process:
-                noise = keys[batch.sequences, [len(schedule.written[i]) for i in batch.sequences]]
-            logits = _forward(model, cache, batch, pp_group)
-            if logits is not None:
-                tokens = sample(
-                    logits,
-                    noise,
-                    temperature=config.temperature,
-                    top_k=config.top_k,
-                    top_p=config.top_p,
-                    vocab_size=vocabulary.size,
-                    tp_group=tp_group,
-                    check=False,
-                )
-            else:
-                tokens = torch.empty(len(batch.sequences), dtype=torch.int64, device=device)
-            if group_size(pp_group) > 1:
-                dist.broadcast(tokens, group=pp_group, group_src=group_size(pp_group) - 1)
-            drawn = tokens.tolist()  # of the last stage, so that all ranks of the block stop together
-            if NO_TOKEN in drawn:
-                i = batch.sequences[drawn.index(NO_TOKEN)]
+    with Decoder(model, config=config, vocabulary=vocabulary, tp_group=tp_group, pp_group=pp_group) as decoder:
+        return decoder.generate(prompts, sample_ids=sample_ids, seed=seed, step=step, max_length=max_length)
+
+
+class Decoder:
+    """`generate` for several calls with one model: holds the KV cache and the CUDA graphs between them.
+
+    The graphs read the weights where they lay at the capture. So an optimizer's step, which changes them in place,
+    keeps the graphs; where any weight has moved, a call drops them first. All memory is free again after `release()`,
+    or at the end of a `with` block.
+    """
+
+    def __init__(
+        self,
+        model: GPTModel,
+        *,
+        config: RolloutConfig,
+        vocabulary: Vocabulary,
+        tp_group: ProcessGroup | None,
+        pp_group: ProcessGroup | None,
+    ) -> None:
+        check_model(model)
+        self.model, self.config, self.vocabulary = model, config, vocabulary
+        self.tp_group, self.pp_group = tp_group, pp_group
+        self.cache: KVCache | None = None
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Free the KV cache, the graphs and their pool; the next call builds them anew."""
+        captured = self.cache is not None and self.regions.captured
+        self.cache = None
+        for name in ("regions", "rows", "received", "sent"):
+            vars(self).pop(name, None)
+        if captured:
+            torch.cuda.empty_cache()  # a graph's pool stays reserved until then
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], *, sample_ids: list[int], seed: int, step: int, max_length: int
+    ) -> list[Response]:
+        """As `generate`, with this decoder's model, configuration, vocabulary and groups."""
+        schedule = Schedule(
+            prompts,
+            batch_size=self.config.batch_size,
+            max_new_tokens=self.config.max_new_tokens,
+            max_length=max_length,
+            eos_ids=self.vocabulary.eos_ids,
+        )
+        if schedule.finished:
+            return []
+        self._reserve(min(self.config.batch_size, len(prompts)), schedule.cache_length)
+        sample_keys = fold(step_key(seed, step), torch.tensor(sample_ids))
+        with decoding(self.model, self.cache):
+            while not schedule.finished:
+                prefills = schedule.admit()
+                self.rows.load(schedule.rows(), sample_keys)
+                for prefill in prefills:
+                    self._prefill(prefill)
+                rows, window = len(schedule.live), schedule.window(self.config.sync_every)
+                for used in window:
+                    self._step(row_bucket(rows, self.cache.rows), used_bucket(used))
+                history = self.rows.read(rows, len(window))  # equal on all ranks of the block: they stop together
+                self._check_drawn(schedule, history, sample_ids)
+                for source, target in schedule.record(history):
+                    self.cache.copy_row(source, target)
+        return schedule.responses()
+
+    def _check_drawn(self, schedule: Schedule, history: list[list[int]], sample_ids: list[int]) -> None:
+        for row, sequence in enumerate(schedule.live):
+            tokens = [drawn[row] for drawn in history if drawn[row] != NOTHING]
+            if NO_TOKEN in tokens:
                 raise FloatingPointError(
-                    f"response token {len(schedule.written[i])} of sample {sample_ids[i]}: the student's logits are "
-                    "NaN, +inf or nothing but -inf, so no token can be drawn."
+                    f"response token {len(schedule.written[sequence]) + tokens.index(NO_TOKEN)} of sample "
+                    f"{sample_ids[sequence]}: the student's logits are NaN, +inf or nothing but -inf, so no token can "
+                    "be drawn."
                 )
-            for source, target in schedule.record(batch, drawn):
-                cache.copy_row(source, target)
-    return schedule.responses()
 
+    def _reserve(self, rows: int, length: int) -> None:
+        """Memory for as much, and no graph that reads what is no longer there."""
+        weights = [parameter.data_ptr() for parameter in self.model.parameters()]
+        cache = self.cache
+        if cache is not None and rows <= cache.rows and length <= cache.length:
+            if weights != self.weights:
+                self.regions.clear()
+                self.weights = weights
+            return
+        if cache is not None:
+            rows, length = max(rows, cache.rows), max(length, cache.length)
+        self.release()
+        self.weights = weights
+        self.cache = KVCache(self.model, rows, length)
+        device, config = self.cache.device, self.model.config
+        self.regions = Regions(new_capture(self.config.cuda_graphs, device, self.tp_group))
+        self.rows = Rows(rows, self.config.sync_every, self.vocabulary.eos_ids, device)
+        if group_size(self.pp_group) > 1:
+            # Between stages: [1, rows, H]. The graphs of one stage write what is sent and read what is received.
+            self.received, self.sent = torch.zeros(
+                2, 1, rows, config.hidden_size, dtype=config.pipeline_dtype, device=device
+            )
 
-def _forward(model: GPTModel, cache: KVCache, batch: Pass, pp_group: ProcessGroup | None) -> Tensor | None:
-    """Run one pass through the pipeline; the last stage returns the logits [n, V_local] after each last token."""
-    cache.begin(batch)
-    device = cache.device
-    n, length = len(batch.sequences), len(batch.token_ids[0])  # longest first: the others are padded to it
-    if model.pre_process:
-        tokens = torch.tensor([ids + [0] * (length - len(ids)) for ids in batch.token_ids], device=device)
-        hidden = model.embedding(tokens, position_ids=None)  # [S, n, H]
-    else:
-        hidden = torch.empty(length, n, model.config.hidden_size, dtype=model.config.pipeline_dtype, device=device)
-        dist.recv(hidden, group=pp_group, group_src=pp_group.rank() - 1)
-        model.set_input_tensor(hidden)
-    hidden = model.decoder(hidden_states=hidden, attention_mask=None)  # the cache's attention rotates and masks
-    if not model.post_process:
-        dist.send(hidden, group=pp_group, group_dst=pp_group.rank() + 1)
-        return None
-    if batch.prefill:
-        last = torch.tensor(batch.positions, device=device)
-        hidden = hidden[last, torch.arange(n, device=device)].unsqueeze(0)
-    return vocab_parallel_logits(model, hidden)[0]
+    def _step(self, n: int, used: int) -> None:
+        """One decode step of the first `n` rows over `used` positions: one region, or, where stages exchange hidden
+        states and tokens in between, two."""
+        rows = slice(n)
+        if group_size(self.pp_group) == 1:
+            self.regions.run((n, used), lambda: (self._forward(rows, used), self.rows.advance(rows)))
+            return
+        if not self.model.pre_process:
+            dist.recv(self.received[:, rows], group=self.pp_group, group_src=self.pp_group.rank() - 1)
+        self.regions.run((n, used), partial(self._forward, rows, used))
+        if not self.model.post_process:
+            dist.send(self.sent[:, rows], group=self.pp_group, group_dst=self.pp_group.rank() + 1)
+        self._share_tokens(rows)
+        self.regions.run(n, partial(self.rows.advance, rows))
+
+    def _forward(self, rows: slice, used: int) -> None:
+        """This stage's part of a step, from and to fixed tensors."""
+        state = self.rows
+        state.next_pass()
+        self.cache.begin_step(state.positions[rows], used)
+        if self.model.pre_process:
+            hidden = self.model.embedding(state.tokens[rows, None], position_ids=None)  # [1, n, H]
+        else:
+            hidden = None
+            self.model.set_input_tensor(self.received[:, rows])
+        hidden = self.model.decoder(hidden_states=hidden, attention_mask=None)  # the cache's attention masks
+        if self.model.post_process:
+            self._draw(hidden, rows)
+        else:
+            self.sent[:, rows] = hidden
+
+    def _prefill(self, prefill: Prefill) -> None:
+        """Run prompts through the pipeline and draw the first token of each response. Never captured: each has a
+        shape of its own."""
+        n, length = len(prefill.prompts), len(prefill.prompts[0])
+        rows = slice(prefill.first_row, prefill.first_row + n)
+        self.cache.begin_prefill(rows, length)
+        device, config = self.cache.device, self.model.config
+        if self.model.pre_process:
+            padded = [ids + [0] * (length - len(ids)) for ids in prefill.prompts]
+            hidden = self.model.embedding(torch.tensor(padded, device=device), position_ids=None)  # [S, n, H]
+        else:
+            hidden = torch.empty(length, n, config.hidden_size, dtype=config.pipeline_dtype, device=device)
+            dist.recv(hidden, group=self.pp_group, group_src=self.pp_group.rank() - 1)
+            self.model.set_input_tensor(hidden)
+        hidden = self.model.decoder(hidden_states=hidden, attention_mask=None)
+        if self.model.post_process:
+            self._draw(hidden[self.rows.positions[rows], torch.arange(n, device=device)].unsqueeze(0), rows)
+        else:
+            dist.send(hidden, group=self.pp_group, group_dst=self.pp_group.rank() + 1)
+        self._share_tokens(rows)
+        self.rows.advance(rows)
+
+    def _draw(self, hidden: Tensor, rows: slice) -> None:
+        """Draw each row's next token from its final hidden state, [1, n, H]."""
+        self.rows.tokens[rows] = sample(
+            vocab_parallel_logits(self.model, hidden)[0],
+            self.rows.noise(rows),
+            temperature=self.config.temperature,
+            top_k=self.config.top_k,
+            top_p=self.config.top_p,
+            vocab_size=self.vocabulary.size,
+            tp_group=self.tp_group,
+            check=False,  # a wait for the device; `_check_drawn` looks at each window's end
+        )
+
+    def _share_tokens(self, rows: slice) -> None:
+        """From the last stage, which alone draws, to all."""
+        if group_size(self.pp_group) > 1:
+            dist.broadcast(self.rows.tokens[rows], group=self.pp_group, group_src=group_size(self.pp_group) - 1)

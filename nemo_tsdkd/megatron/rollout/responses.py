@@ -22,7 +22,7 @@ from nemo_tsdkd.data.response_shards import Shards
 from nemo_tsdkd.data.tokenizer import Vocabulary, load_tokenizer, response_text
 from nemo_tsdkd.distributed.groups import from_rank_zero, long_timeout_group, process_group, rank_zero_first
 from nemo_tsdkd.megatron.checkpoints.load import frozen_model, gpt_config, resolve
-from nemo_tsdkd.megatron.rollout.generation import generate
+from nemo_tsdkd.megatron.rollout.generation import Decoder
 from nemo_tsdkd.rollout.schedule import Response
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
     """Answer every prompt of `config.data` that no shard holds yet; call on all ranks.
 
     A response depends on the weights, the prompt, `seed` and the prompt's place in the data set, not on the layout
-    or on interruptions (`generation.generate`).
+    or on interruptions (`generation.Decoder`).
     """
     path = getattr(config, which).path
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
@@ -67,26 +67,18 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
         model = load_for_decoding(model_config, checkpoint, config.parallel)
         tp_group = parallel_state.get_tensor_model_parallel_group()
         pp_group = parallel_state.get_pipeline_model_parallel_group()
-        answer = partial(
-            generate,
-            model,
-            config=config.rollout,
-            seed=config.seed,
-            step=0,
-            vocabulary=vocabulary,
-            max_length=config.data.seq_length,
-            tp_group=tp_group,
-            pp_group=pp_group,
-        )
-        for shard in missing[parallel_state.get_data_parallel_rank() :: copies]:
-            start = time.perf_counter()
-            rows = shards.rows_of(shard, len(prompts))
-            responses = answer([prompts[i].prompt_ids for i in rows], sample_ids=list(rows))
-            tokens = sum(len(response.token_ids) for response in responses)
-            if tp_group.rank() == pp_group.rank() == 0:
-                shards.write(shard, _records(prompts, tokenizer, rows, responses))
-                seconds = time.perf_counter() - start
-                logger.info("shard %d: %d responses, %.0f tokens/s", shard, len(responses), tokens / seconds)
+        groups = {"tp_group": tp_group, "pp_group": pp_group}
+        with Decoder(model, config=config.rollout, vocabulary=vocabulary, **groups) as decoder:
+            answer = partial(decoder.generate, seed=config.seed, step=0, max_length=config.data.seq_length)
+            for shard in missing[parallel_state.get_data_parallel_rank() :: copies]:
+                start = time.perf_counter()
+                rows = shards.rows_of(shard, len(prompts))
+                responses = answer([prompts[i].prompt_ids for i in rows], sample_ids=list(rows))
+                tokens = sum(len(response.token_ids) for response in responses)
+                if tp_group.rank() == pp_group.rank() == 0:
+                    shards.write(shard, _records(prompts, tokenizer, rows, responses))
+                    seconds = time.perf_counter() - start
+                    logger.info("shard %d: %d responses, %.0f tokens/s", shard, len(responses), tokens / seconds)
         dist.barrier(everyone)  # a copy that has no file left may wait hours for the others
 
 

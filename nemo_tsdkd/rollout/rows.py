@@ -1,0 +1,78 @@
+"""The state of a decoding batch on the device: fixed tensors that every decode step reads and writes in place.
+
+A step takes nothing from the host and returns nothing to it: whether a row ends is decided here, and the host reads
+once a window what the rows wrote. So a step is the same device work at the same addresses each time, which is what a
+CUDA graph replays. A row that ended stays where it is until the host takes it away; what it computes until then is
+thrown away, and no other row ever reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nemo_tsdkd.rollout.sampling import NO_TOKEN, fold
+from nemo_tsdkd.rollout.schedule import NOTHING, Row
+
+
+class Rows:
+    """`rows` rows of a batch over windows of at most `window` decode steps. Pass 0 of a window is its prefills.
+
+    Attributes, all int64 [rows]:
+        tokens: drawn last, and what the next step feeds.
+        positions: of these tokens; before a row's first token, of its prompt's last one.
+        left: how many tokens the row may still write; 0 or less: it has ended.
+    """
+
+    def __init__(self, rows: int, window: int, eos_ids: Sequence[int], device: torch.device) -> None:
+        state = {"dtype": torch.int64, "device": device}
+        self._state = torch.zeros(5, rows, **state)
+        self._staging = torch.zeros(5, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.tokens, self.positions, self.left, self._first, self._sample_keys = self._state.unbind()
+        self._ends = torch.tensor([*eos_ids, NO_TOKEN], **state)  # tokens that end a row
+        self._pass = torch.zeros(1, **state)  # the running one
+        self._passes = torch.arange(window + 1, **state)[:, None]
+        self._noise = torch.zeros(window + 1, rows, **state)  # keys of what each row draws in each pass
+        self._history = torch.full((window + 1, rows), NOTHING, **state)  # what each row wrote in each pass
+
+    def load(self, rows: Sequence[Row], sample_keys: Tensor) -> None:
+        """Begin a window with these rows: one copy to the device.
+
+        Args:
+            sample_keys: int64 [prompts], on the host; the noise of a sample lies below its key (`sampling.fold`).
+        """
+        if not rows:
+            return
+        # A row draws its token number `first + pass`. A new one begins in pass 0, its prefill; the others in pass 1.
+        state = [(r.token, r.position, r.limit - r.written, max(r.written, 1) - 1) for r in rows]
+        self._staging.zero_()
+        self._staging[:4, : len(rows)] = torch.tensor(state).t()
+        self._staging[4, : len(rows)] = sample_keys[[r.sequence for r in rows]]
+        self._state.copy_(self._staging, non_blocking=True)
+        self._noise.copy_(fold(self._sample_keys, self._first + self._passes))
+        self._history[0].fill_(NOTHING)
+        self._pass.zero_()
+
+    def noise(self, rows: slice) -> Tensor:
+        """Keys of the noise that the next token of each row is drawn with: of its sample and its place in the
+        response."""
+        return self._noise[:, rows].index_select(0, self._pass)[0]
+
+    def next_pass(self) -> None:
+        self._pass.add_(1)
+
+    def advance(self, rows: slice) -> None:
+        """Take in the `tokens` that were drawn: write them down where a row lives, and end each row or move it on."""
+        tokens, left = self.tokens[rows], self.left[rows]
+        self._history[:, rows].index_copy_(0, self._pass, tokens.masked_fill(left <= 0, NOTHING)[None])
+        left.sub_(1)
+        left.masked_fill_((tokens[:, None] == self._ends).any(-1), 0)
+        self.positions[rows].add_(left > 0)
+        tokens.clamp_(min=0)  # NO_TOKEN has no embedding
+
+    def read(self, rows: int, steps: int) -> list[list[int]]:
+        """What the first `rows` rows wrote in the prefills and in each of the window's `steps` steps. The one wait for
+        the device in a window."""
+        return self._history[: steps + 1, :rows].tolist()
