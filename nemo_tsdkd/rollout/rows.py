@@ -9,6 +9,7 @@ thrown away, and no other row ever reads it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,15 +28,15 @@ class Rows:
     """
 
     def __init__(self, rows: int, window: int, eos_ids: Sequence[int], device: torch.device) -> None:
-        state = {"dtype": torch.int64, "device": device}
-        self._state = torch.zeros(5, rows, **state)
+        zeros = partial(torch.zeros, dtype=torch.int64, device=device)
+        self._state = zeros(5, rows)
         self._staging = torch.zeros(5, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.tokens, self.positions, self.left, self._first, self._sample_keys = self._state.unbind()
-        self._ends = torch.tensor([*eos_ids, NO_TOKEN], **state)  # tokens that end a row
-        self._pass = torch.zeros(1, **state)  # the running one
-        self._passes = torch.arange(window + 1, **state)[:, None]
-        self._noise = torch.zeros(window + 1, rows, **state)  # keys of what each row draws in each pass
-        self._history = torch.full((window + 1, rows), NOTHING, **state)  # what each row wrote in each pass
+        self._ends = torch.tensor([*eos_ids, NO_TOKEN], dtype=torch.int64, device=device)  # tokens that end a row
+        self._pass = zeros(1)  # the running one
+        self._passes = torch.arange(window + 1, device=device)[:, None]
+        self._noise = zeros(window + 1, rows)  # keys of what each row draws in each pass
+        self._history = zeros(window + 1, rows)  # what each row wrote in each pass
 
     def load(self, rows: Sequence[Row], sample_keys: Tensor) -> None:
         """Begin a window with these rows: one copy to the device.
