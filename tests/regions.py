@@ -81,7 +81,7 @@ class Recorder(TorchDispatchMode):
                 scalars.append(x.item())  # a number that came as a tensor: a kernel's argument
             elif storage(x) not in self.made:
                 self.outside.append((name, x.data_ptr(), tuple(x.shape), x.stride(), x.dtype))
-        self.operators.append((name, tuple(tuple(x.shape) for x in given), tuple(scalars)))
+        self.operators.append((name, tuple(tuple(x.shape) for x in given), tuple(map(repr, scalars))))  # NaN too
         self.faults += self._faults(name, args)
         self.before(func, args, kwargs)
         out = func(*args, **kwargs)
