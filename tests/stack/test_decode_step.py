@@ -122,7 +122,8 @@ def test_every_layout_writes_what_was_recorded_eagerly_and_as_graphs(student, tp
 def test_reused_rollouts_are_those_recorded_and_an_optimizer_step_moves_no_weight(root, tmp_path):
     """What lets graphs outlive a step: distributed data parallelism keeps each parameter in a buffer of its own."""
     for steps, addresses in run_ranks(rollout_record.reused, 2, root, tmp_path, meet=False):
-        assert steps == RECORD["reused"]
+        assert steps[0] == steps[1] == RECORD["reused"]
+        assert steps[2] == steps[3] != steps[0]
         assert len(addresses) == 4 and addresses[0] and all(a == addresses[0] for a in addresses)
 
 
