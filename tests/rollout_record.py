@@ -142,11 +142,8 @@ def main() -> None:
         assert all(rank == by_rank[0] for rank in by_rank), "layouts differ"
         steps = [steps for steps, _ in ranks.run_ranks(reused, 2, root, root / "run", meet=False)]
         assert steps[0] == steps[1], "ranks differ"
-        record = {
-            "revision": revision,
-            "weights": weights(root),
-            "reused": steps[0][0],
-        }  # later ones depend on the loss
+        # Of the reused ones only what was written before the first update, which is the loss's.
+        record = {"revision": revision, "weights": weights(root), "reused": steps[0][0]}
     record["cases"] = [case | {"written": responses} for case, responses in zip(drawn, by_rank[0], strict=True)]
     FILE.write_text(json.dumps(record) + "\n")
     print(sum(len(ids) for case in record["cases"] for ids, _ in case["written"]), "tokens")
