@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from nemo_tsdkd.checkpoints.shape import ModelShape
+from nemo_tsdkd.config.integers import ceil_div
 from nemo_tsdkd.config.schema import TILE_LOGITS, TrainConfig
 
 GIB = 2**30
@@ -50,7 +51,8 @@ class Memory:
 
 
 def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Memory:
-    """Memory on the fullest GPU for `config`'s layout.
+    """Memory on the fullest GPU of the student's for `config`'s layouts; with `teacher.nodes` the teacher's own GPUs
+    hold `teacher_per_gpu`.
 
     Activations follow Korthikanti et al., 2022 (arXiv 2205.05198) with selective recompute (no score matrix is kept):
     recounted for grouped-query attention and a gated MLP. The first stage of a 1F1B pipeline holds PP micro-batches.
@@ -73,17 +75,20 @@ def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Me
     layer = student_bytes * tokens * (split // tp + whole // (tp if p.sequence_parallel else 1))
     activations = student.layers // pp * in_flight * layer
 
-    hidden = teacher_bytes * tokens * teacher.hidden // (tp if p.sequence_parallel else 1)
+    # In one layout a rank keeps what it computes, else its share of what it receives.
+    hidden_shards = tp if p.sequence_parallel or not config.one_layout else 1
+    hidden = teacher_bytes * tokens * teacher.hidden // hidden_shards
     teacher_hidden = hidden if config.teacher.offload_hidden_states else hidden * micro_batches
 
     slots = config.data.seq_length * config.rollout.batch_size if config.rollout.lmbda > 0 else 0
     kv_cache = 2 * student_bytes * slots * student.kv_width * (student.layers // pp) // tp
 
-    teacher_weights = teacher.params_per_gpu(tp, pp) * teacher_bytes
-    if config.teacher.precision.startswith("fp8"):
-        teacher_weights += teacher.layer_params_per_gpu(tp, pp) * FP8_TEACHER
     head = teacher.padded_vocab(tp) // tp * teacher.hidden * teacher_bytes  # the loss needs it: never offloaded
-    offloaded = teacher_weights - head if config.teacher.offload_weights else 0
+    if config.teacher.nodes:
+        teacher_weights, offloaded = head, 0
+    else:
+        teacher_weights = _teacher_weights(config, teacher) + (0 if config.one_layout else head)
+        offloaded = teacher_weights - head if config.teacher.offload_weights else 0
     fp8_copies = student.layer_params_per_gpu(tp, pp) * FP8_STUDENT if config.precision.name.startswith("fp8") else 0
     shards = config.data_parallel_size * cp
     return Memory(
@@ -96,6 +101,29 @@ def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Me
         teacher_hidden=teacher_hidden,
         kv_cache=kv_cache,
     )
+
+
+def teacher_per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> int:
+    """Bytes on the fullest GPU of the teacher's own nodes: its weights and the hidden states of a step."""
+    layout = config.teacher_parallel
+    teacher = replace(teacher, vocab=max(student.vocab, teacher.vocab))
+    rows = ceil_div(config.global_batch_size, config.teacher_world_size // layout.model_parallel_size)
+    shards = layout.context_parallel_size * (layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
+    itemsize = 4 if config.teacher.precision == "fp32" else 2
+    hidden = itemsize * rows * config.data.seq_length * teacher.hidden // shards
+    return _teacher_weights(config, teacher) + (0 if config.teacher.offload_hidden_states else hidden) + RESERVE
+
+
+def _teacher_weights(config: TrainConfig, teacher: ModelShape) -> int:
+    """Bytes of the teacher's fullest stage in its own layout; the loss has the head elsewhere if that differs."""
+    layout, itemsize = config.teacher_parallel, 4 if config.teacher.precision == "fp32" else 2
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    weights = teacher.params_per_gpu(tp, pp) * itemsize
+    if not config.one_layout and pp == 1 and not teacher.tied:
+        weights -= teacher.padded_vocab(tp) // tp * teacher.hidden * itemsize
+    if config.teacher.precision.startswith("fp8"):
+        weights += teacher.layer_params_per_gpu(tp, pp) * FP8_TEACHER
+    return weights
 
 
 def _loss(

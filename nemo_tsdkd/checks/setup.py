@@ -39,7 +39,7 @@ def check_files(config: TrainConfig) -> dict[str, ModelShape]:
     for which, path in (("student", Path(config.student.path)), ("teacher", Path(config.teacher.path))):
         if _require_model(which, path):
             shapes[which] = shape = ModelShape.of_folder(path)
-            check_model_fits(shape, config.parallel, which)
+            check_model_fits(shape, config.layout_of(which), which)
             check_length(path, config, which)
             config.objective.validate_vocabulary(shape.vocab)
     check_data(config.data)
@@ -82,7 +82,8 @@ def check_model_fits(shape: ModelShape, parallel: ParallelConfig, which: str) ->
         ("num_hidden_layers", shape.layers, "pipeline"),
     ):
         if value % sizes[direction]:
-            field = f"parallel.{direction}_model_parallel_size"
+            prefix = "teacher." if which == "teacher" else ""
+            field = f"{prefix}parallel.{direction}_model_parallel_size"
             raise UserError(
                 f"{field} = {sizes[direction]}: must divide the {which}'s {name} = {value}. Choose a divisor of it."
             )

@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--shard-size = {args.shard_size}: must be at least 1. Give a positive number.")
     config = config_from(args)
     check_setup(config, batch=False)
-    block = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    parallel = config.layout_of(args.model)
+    block = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     if place.world_size % block:
         raise UserError(
             f"{place.world_size} ranks were started: must be a multiple of TP x PP = {block}. Start as many copies of "

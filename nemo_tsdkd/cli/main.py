@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
+from nemo_tsdkd.config.schema import ParallelConfig
 from nemo_tsdkd.config.validation import HostError, UserError, is_of_the_host
 from nemo_tsdkd.distributed import launch
 from nemo_tsdkd.distributed.signals import follow_launcher, leave_at_once
@@ -54,7 +55,7 @@ def train_main(argv: Sequence[str]) -> None:
 def check_main(argv: Sequence[str]) -> None:
     from omegaconf import OmegaConf
 
-    from nemo_tsdkd.checks.memory import GIB, per_gpu
+    from nemo_tsdkd.checks.memory import GIB, per_gpu, teacher_per_gpu
     from nemo_tsdkd.checks.setup import check_setup
     from nemo_tsdkd.checks.start import check_start
     from nemo_tsdkd.config.compose import add_config_arguments, config_from
@@ -67,15 +68,23 @@ def check_main(argv: Sequence[str]) -> None:
     shapes = check_setup(config)
     not_checked = check_start(config, shapes, args.deep)
     print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
-    p = config.parallel
-    print(
-        f"# valid for {p.world_size} ranks: TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size} "
-        f"x CP {p.context_parallel_size} x DP {config.data_parallel_size}"
-    )
+    print(f"# valid for {config.parallel.world_size} ranks: {_layout(config.parallel, config.student_world_size)}")
+    if not config.one_layout:
+        ranks = config.teacher_world_size
+        print(f"# the teacher on {ranks} of them: {_layout(config.teacher_parallel, ranks)}")
     for what in not_checked:
         print(f"# not checked: {what}")
     if len(shapes) == 2:
         print(f"# the fullest GPU needs about {per_gpu(config, **shapes).peak / GIB:.1f} GiB")
+        if config.teacher.nodes:
+            print(f"# a GPU of the teacher's nodes needs about {teacher_per_gpu(config, **shapes) / GIB:.1f} GiB")
+
+
+def _layout(parallel: ParallelConfig, ranks: int) -> str:
+    return (
+        f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} "
+        f"x CP {parallel.context_parallel_size} x DP {ranks // parallel.model_parallel_size}"
+    )
 
 
 def _later(module: str, function: str) -> Callable[[Sequence[str]], None]:

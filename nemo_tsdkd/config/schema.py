@@ -317,6 +317,10 @@ class TrainConfig:
             layout.sequence_parallel = False
         return layout
 
+    def layout_of(self, which: str) -> ParallelConfig:
+        """The layout of the "student" or the "teacher"."""
+        return self.teacher_parallel if which == "teacher" else self.parallel
+
     @property
     def one_layout(self) -> bool:
         """Whether both models lie on the same ranks in the same way, so that hidden states stay where they are."""

@@ -85,6 +85,26 @@ def test_imports_point_one_way(module):
     assert forbidden(module, MODULES[module].read_text()) == []
 
 
+def absent(source: str) -> list[str]:
+    """Modules of the package that a file imports and that do not exist."""
+    named = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            named.add(node.module)
+    return sorted(name for name in named if name.split(".")[0] == "nemo_tsdkd" and name not in MODULES)
+
+
+@pytest.mark.parametrize(
+    "path", [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_what_is_imported_exists(path):
+    """Imports inside of functions too, which only a run of that function would find missing."""
+    assert absent(path.read_text()) == []
+    assert absent("def f():\n    from nemo_tsdkd.megatron.nowhere import x") == ["nemo_tsdkd.megatron.nowhere"]
+
+
 def test_every_module_lies_in_a_folder_with_a_row():
     assert {folder_of(module) for module in MODULES} == {*ROW, *AT_THE_ROOT}
     assert {path.name for path in PACKAGE.glob("*.py")} == {f"{name}.py" for name in AT_THE_ROOT}

@@ -52,19 +52,20 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
     or on interruptions (`generation.Decoder`).
     """
     path = getattr(config, which).path
-    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    parallel = config.layout_of(which)
+    block = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     tokenizer = load_tokenizer(path)
     vocabulary = Vocabulary.of(tokenizer, path)
     with process_group():
         prompts = rank_zero_first(lambda: PromptDataset.load(config.data, tokenizer))
         everyone = long_timeout_group()
-        copies = dist.get_world_size() // (tp * pp)
+        copies = dist.get_world_size() // block
         # Rank 0 alone looks: on a network file system others may see shards later.
         shards.size, missing = from_rank_zero(lambda: _claim(shards, config, which, len(prompts), copies))
         checkpoint = resolve(path, Path(config.run_dir) / "imported")
         model_config = gpt_config(checkpoint)
         vocabulary.require_rows(**{which: model_config.vocab_size})
-        model = load_for_decoding(model_config, checkpoint, config.parallel)
+        model = load_for_decoding(model_config, checkpoint, parallel)
         tp_group = parallel_state.get_tensor_model_parallel_group()
         pp_group = parallel_state.get_pipeline_model_parallel_group()
         groups = {"tp_group": tp_group, "pp_group": pp_group}
