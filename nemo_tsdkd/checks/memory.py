@@ -80,7 +80,9 @@ def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Me
     hidden = teacher_bytes * tokens * teacher.hidden // hidden_shards
     teacher_hidden = hidden if config.teacher.offload_hidden_states else hidden * micro_batches
 
-    slots = config.data.seq_length * config.rollout.batch_size if config.rollout.lmbda > 0 else 0
+    prompts = ceil_div(config.global_batch_size, config.data_parallel_size * cp)  # of a step on one rank
+    rows = min(config.rollout.batch_size, prompts) if config.rollout.lmbda > 0 else 0
+    slots = config.data.seq_length * rows
     kv_cache = 2 * student_bytes * slots * student.kv_width * (student.layers // pp) // tp
 
     head = teacher.padded_vocab(tp) // tp * teacher.hidden * teacher_bytes  # the loss needs it: never offloaded

@@ -11,6 +11,7 @@ from nemo_tsdkd.checks.memory import GIB, per_gpu
 from nemo_tsdkd.checks.precision import FP8, check_shapes
 from nemo_tsdkd.checks.setup import check_model_fits
 from nemo_tsdkd.config.compose import compose_config
+from nemo_tsdkd.distributed.layout import student_layout, teacher_layout
 
 ROOT = Path(__file__).parents[2]
 H100 = 79  # GiB
@@ -18,7 +19,7 @@ CONFIGS = sorted(path.stem for path in (ROOT / "conf").glob("tsdkd_*.yaml"))
 COLUMNS = (
     ("weights, gradients", "student_weights_and_grads"),
     ("optimizer", "student_optimizer"),
-    ("teacher", "teacher_weights"),
+    ("teacher weights", "teacher_weights"),
     ("activations", "activations"),
     ("loss", "loss"),
     ("hidden", "teacher_hidden"),
@@ -38,14 +39,14 @@ def shapes(name):
 
 def memory_table():
     """docs/cluster.md's table of layouts, as it should read."""
-    lines = ["| configuration | tokens | GPUs | TP x PP x DP | " + " | ".join(title for title, _ in COLUMNS) + " |"]
-    lines.append("|---" * (4 + len(COLUMNS)) + "|")
+    heads = ("configuration", "tokens", "GPUs", "student: TP x PP x DP", "teacher", *(title for title, _ in COLUMNS))
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name in CONFIGS:
         c = load(name)
-        p, memory = c.parallel, per_gpu(c, **shapes(name))
-        layout = f"{p.tensor_model_parallel_size} x {p.pipeline_model_parallel_size} x {c.data_parallel_size}"
+        memory = per_gpu(c, **shapes(name))
+        layout = " | ".join(f"{x.tensor} x {x.pipeline} x {x.data}" for x in (student_layout(c), teacher_layout(c)))
         figures = " | ".join(f"{getattr(memory, field) / GIB:.1f}" for _, field in COLUMNS)
-        lines.append(f"| `{name}` | {c.data.seq_length} | {p.world_size} | {layout} | {figures} |")
+        lines.append(f"| `{name}` | {c.data.seq_length} | {c.parallel.world_size} | {layout} | {figures} |")
     return "\n".join(lines)
 
 
@@ -67,7 +68,7 @@ def test_the_models_can_be_cut_that_way_also_in_fp8(name):
     config = load(name)
     config.validate()
     for which, shape in shapes(name).items():
-        check_model_fits(shape, config.parallel, which)
+        check_model_fits(shape, config.layout_of(which), which)
     for precision in FP8:
         check_shapes(load(name, f"precision={precision}"), **shapes(name))
 
