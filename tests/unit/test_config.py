@@ -15,6 +15,7 @@ from nemo_tsdkd.checkpoints.shape import QWEN2_5
 from nemo_tsdkd.checks.setup import check_model_fits, check_setup
 from nemo_tsdkd.config.compose import CONF, compose_config
 from nemo_tsdkd.config.schema import ParallelConfig, TrainConfig
+from nemo_tsdkd.config.validation import UserError
 
 PATHS = ("run_dir=run", "student.path=student", "teacher.path=teacher", "data.path=data.jsonl")
 GROUPS = [f.name for f in dataclasses.fields(TrainConfig) if dataclasses.is_dataclass(f.default_factory)]
@@ -213,6 +214,63 @@ def test_each_rule_names_its_field_and_value(overrides, message):
     tiny().validate()
     with pytest.raises(ValueError, match=message):
         tiny(*overrides.split()).validate()
+
+
+NODES = ("parallel.num_nodes=4", "parallel.gpus_per_node=2", "global_batch_size=16")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("teacher.nodes=4", "teacher.nodes = 4: must leave a node of parallel.num_nodes = 4"),
+        ("teacher.nodes=-1", "teacher.nodes = -1: must not be negative"),
+        (
+            "teacher.parallel.tensor_model_parallel_size=0",
+            "teacher.parallel.tensor_model_parallel_size = 0: must be gr",
+        ),
+        ("teacher.parallel.context_parallel_size=-2", "teacher.parallel.context_parallel_size = -2: must be greater"),
+        (
+            "teacher.parallel.tensor_model_parallel_size=3",
+            "parallel.gpus_per_node = 8: must be a multiple of teacher.parallel's TP x PP x CP = 3",
+        ),
+        (
+            "teacher.nodes=1 teacher.parallel.pipeline_model_parallel_size=4",
+            "teacher.nodes x parallel.gpus_per_node = 2: must be a multiple of teacher.parallel's TP x PP x CP = 4",
+        ),
+        (
+            "teacher.nodes=1 parallel.tensor_model_parallel_size=4 teacher.parallel.tensor_model_parallel_size=1",
+            r"\(parallel.num_nodes - teacher.nodes\) x parallel.gpus_per_node = 6: must be a multiple of parallel's",
+        ),
+        ("teacher.nodes=1", "global_batch_size = 16: must be a multiple of micro_batch_size x DP = 2 x 6 = 12"),
+        (
+            "teacher.parallel.sequence_parallel=true",
+            "teacher.parallel.sequence_parallel = True: needs teacher.parallel.tensor_model_parallel_size > 1",
+        ),
+        (
+            "teacher.micro_batch_size=3",
+            "teacher.micro_batch_size = 3: must not exceed micro_batch_size = 2: in one layout",
+        ),
+        ("teacher.parallel.expert=2", "teacher.parallel.expert|expert"),
+    ],
+)
+def test_each_rule_of_two_layouts_names_its_field_and_value(overrides, message):
+    tiny(*NODES).validate()
+    with pytest.raises(UserError, match=message) as error:
+        tiny(*NODES, *overrides.split()).validate()
+    assert str(error.value).count("\n") <= 2
+
+
+def test_the_teachers_layout_is_the_students_where_it_is_left_open():
+    config = tiny(*NODES, "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+    assert config.one_layout and config.teacher_parallel == config.parallel
+    config.teacher.parallel.tensor_model_parallel_size = 1  # with it, sequence parallelism has no meaning
+    config.validate()
+    assert not config.one_layout and not config.teacher_parallel.sequence_parallel
+    config.teacher.micro_batch_size = 3  # the teacher cuts its rows for itself
+    config.teacher.nodes = 2
+    config.global_batch_size = 8
+    config.validate()
+    assert (config.student_world_size, config.teacher_world_size, config.data_parallel_size) == (4, 4, 2)
 
 
 def test_off_policy_needs_no_room_for_new_tokens():
