@@ -159,6 +159,9 @@ def load_head(config: llm.GPTConfig, checkpoint: Path, tp_group: dist.ProcessGro
 
     Args:
         config: of the model, its padded vocabulary and dtype set. Rows beyond those in the file are zero.
+
+    Raises:
+        UserError: the checkpoint is damaged.
     """
     tied = config.share_embeddings_and_output_weights
     name = _PREFIX + ("embedding.word_embeddings.weight" if tied else "output_layer.weight")
@@ -168,7 +171,8 @@ def load_head(config: llm.GPTConfig, checkpoint: Path, tp_group: dist.ProcessGro
         name, weight, (0, tp_group.rank(), tp_group.size()), replica_id=dist.get_rank(), allow_shape_mismatch=True
     )
     # Ranks outside of `tp_group` read the same shards: who owns which is nothing to check.
-    state = dist_checkpointing.load({"head": shard}, str(checkpoint / "weights"), validate_access_integrity=False)
+    with told_in_words(checkpoint):
+        state = dist_checkpointing.load({"head": shard}, str(checkpoint / "weights"), validate_access_integrity=False)
     return state["head"]
 
 
