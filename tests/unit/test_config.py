@@ -250,7 +250,6 @@ NODES = ("parallel.num_nodes=4", "parallel.gpus_per_node=2", "global_batch_size=
             "teacher.micro_batch_size=3",
             "teacher.micro_batch_size = 3: must not exceed micro_batch_size = 2: in one layout",
         ),
-        ("teacher.parallel.expert=2", "teacher.parallel.expert|expert"),
     ],
 )
 def test_each_rule_of_two_layouts_names_its_field_and_value(overrides, message):
