@@ -29,7 +29,7 @@ HAS_GPU = Path("/proc/driver/nvidia/version").exists()  # torch would have to as
 TIMEOUT = 600 if HAS_GPU else 240  # seconds for all ranks of a call
 
 # conftest.py widens this to the Megatron stack when a collected test needs it.
-PRELOAD = ["torch", "nemo_tsdkd.objective"]
+PRELOAD = ["torch", "pytest", "nemo_tsdkd.objective"]
 _context: Any = None
 
 

@@ -1,4 +1,4 @@
-"""The demo's flow with models too small to learn: Hugging Face in, two steps on four processes, Hugging Face out."""
+"""The demo's flow with models too small to learn: Hugging Face in, two steps on two processes, Hugging Face out."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from nemo_tsdkd.demo import pretrain, run, score, tasks
 
 
-@pytest.mark.timeout(900)  # seven imports of NeMo
+@pytest.mark.timeout(900)  # five imports of NeMo
 def test_the_flow_from_hugging_face_to_hugging_face(tmp_path, monkeypatch):
     recipes = {name: replace(recipe, hidden_size=32, steps=1) for name, recipe in pretrain.RECIPES.items()}
     monkeypatch.setattr(pretrain, "PROBLEMS", 64)
@@ -27,7 +27,8 @@ def test_the_flow_from_hugging_face_to_hugging_face(tmp_path, monkeypatch):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "left over").touch()
     batches = ["global_batch_size=4", "micro_batch_size=2", "teacher.micro_batch_size=2"]
-    small = ["max_steps=2", *batches, "optim.warmup_steps=0"]
+    two_processes = ["parallel.pipeline_model_parallel_size=1", "parallel.gpus_per_node=2"]  # stack/ has the layouts
+    small = ["max_steps=2", *batches, *two_processes, "optim.warmup_steps=0"]
     run.main(["--runs", str(tmp_path), "--problems", "4", *small])
     assert not (tmp_path / "demo" / "left over").exists()
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
