@@ -102,8 +102,9 @@ def wheel(tmp_path_factory):
 
 def test_a_wheel_finds_its_configurations_from_anywhere(wheel, tmp_path):
     tiny_hf.save_hf(tmp_path / "model")
-    (tmp_path / "d.jsonl").touch()
+    (tmp_path / "d.jsonl").write_text('{"prompt": "Ann has 3 boxes"}\n')
     places = ["run_dir=run", "student.path=model", "teacher.path=model", "data.path=d.jsonl"]
+    places += ["data.seq_length=96", "rollout.max_new_tokens=16"]  # the tiny model's positions
     code = "import sys, nemo_tsdkd.cli.main as m; print('#', m.__file__); m.main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "check", "--config-name", "train", "objective=gkd", *places]
     run = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(wheel)}, capture_output=True, text=True)
