@@ -33,16 +33,29 @@ def save_tokenizer(folder: Path) -> int:
 def save_hf(
     folder: Path, model_type: str = "qwen2", tied: bool = False, vocab_size: int = 330, dtype: str = "float32", **sizes
 ) -> Path:
-    """Save a random model whose every parameter, norms and biases included, shows in its logits."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    """Save a random model (`random_model`) with a tokenizer and a generation config."""
+    from transformers import GenerationConfig
 
     tokens = save_tokenizer(folder)
     assert tokens <= vocab_size, (tokens, vocab_size)
+    random_model(model_type, tied, vocab_size, dtype, **sizes).save_pretrained(folder)
+    GenerationConfig(eos_token_id=[2], pad_token_id=0, temperature=0.7, top_p=0.8, do_sample=True).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def random_model(
+    model_type: str = "qwen2", tied: bool = False, vocab_size: int = 330, dtype: str = "float32", **settings
+):
+    """A Hugging Face model whose every parameter, norms and biases included, shows in its logits."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     defaults = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = AutoConfig.for_model(
         model_type,
-        **defaults | {"num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 10000.0} | sizes,
+        **defaults | {"num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 10000.0} | settings,
         vocab_size=vocab_size,
         tie_word_embeddings=tied,
         dtype=dtype,
@@ -55,8 +68,4 @@ def save_hf(
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
                 parameter.mul_(4)
-    model.save_pretrained(folder)
-    GenerationConfig(eos_token_id=[2], pad_token_id=0, temperature=0.7, top_p=0.8, do_sample=True).save_pretrained(
-        folder
-    )
-    return folder
+    return model
