@@ -71,12 +71,22 @@ def test_logits_and_gradients_equal_those_without(cp, tp, kind, root, alone):
             assert (gradients[name] - gradient).norm() < 2 * TOLERANCE * gradient.norm(), name
 
 
-@pytest.mark.parametrize("layout", ["cp2", "cp2_tp2_sp"])
+LAYOUTS = {  # ranks, the student's layout, the teacher's where it has one of its own
+    "1": (1, {}, {}),
+    "cp2": (2, {CP: 2}, {}),
+    "cp2_tp2_sp": (4, {CP: 2, TP: 2, SP: True}, {}),
+    "teacher_cp2": (2, {}, {CP: 2}),  # the student at DP 2
+}
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
 def test_a_run_s_metrics_and_weights_equal_those_without(layout, root, tmp_path):
     outcomes = {}
-    for name, parallel in {"1": {}, layout: {CP: 2} if layout == "cp2" else {CP: 2, TP: 2, SP: True}}.items():
-        world_size = parallel.get(CP, 1) * parallel.get(TP, 1)
+    for name in ("1", layout):
+        world_size, parallel, teacher = LAYOUTS[name]
         config = tiny_run.config(root, tmp_path / name, world_size, **parallel)
+        for field, value in teacher.items():
+            setattr(config.teacher.parallel, field, value)
         config.max_steps, config.data.seq_length = 3, 128
         config.precision.name = config.teacher.precision = "bf16"
         outcomes[name] = run(config)[0]
