@@ -12,6 +12,8 @@ import torch
 from hashed_weights import hashed_weights
 from safetensors.torch import load_file, save_file
 
+from nemo_tsdkd.checkpoints.manifest import MANIFEST
+
 DATA = Path(__file__).parents[1] / "data" / "transformers5"
 MODELS = ("qwen2", "qwen3", "llama")  # the last with llama3 scaling and a tied head
 # What transformers 5.24 wrote of a tokenizer that transformers 4 had saved: without these keys it is tiny_hf's.
@@ -76,7 +78,8 @@ def test_an_export_is_what_transformers_5_wrote(model_type, folders, tmp_path):
     ranks.run_ranks(tiny_run.export, 1, checkpoint, "nemo", tmp_path / "nemo", meet=False)
     ranks.run_ranks(tiny_run.export, 1, tmp_path / "nemo", "hf", tmp_path / "hf", meet=False)
     assert {p.name for p in (tmp_path / "hf").iterdir()} == {p.name for p in source.iterdir()} | {
-        "generation_config.json"
+        "generation_config.json",
+        MANIFEST,
     }
     for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes(), name
