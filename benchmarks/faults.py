@@ -16,7 +16,7 @@ happens to each attempt and between two attempts:
 
 After a few events a run may end. Then nothing may be lost: its samples and metrics must be those of a run that nothing
 met, its weights bit for bit, after a change of layout within the tolerance of tests/stack/test_resume.py. Each attempt
-must also have gone on from the checkpoint that was the newest whole one. The exit status says whether all of it held.
+must also have resumed from the newest complete checkpoint. The exit status says whether all of it held.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Adversary:
     def damage(self, name: str, change: Callable[[bytearray], bytes]) -> tuple[str, str]:
         """Damage a file drawn by its kind. The next attempt goes on for a while or is refused."""
         kinds: dict[str, list[Path]] = {}
-        newest = max(self.whole(), default=None)
+        newest = max(self.complete_steps(), default=None)
         for path in self.run_dir.rglob("*"):
             inside = path.relative_to(self.run_dir)
             if not path.is_file() or not path.stat().st_size or inside.name.startswith(("samples_", ".")):
@@ -137,7 +137,7 @@ class Adversary:
         if inside.name == "metrics.jsonl":
             self.note_damaged_rows(before, path.read_bytes())
         what = f"{name} {inside}"
-        if inside.parts[0] == "checkpoints" and not self.whole():
+        if inside.parts[0] == "checkpoints" and not self.complete_steps():
             said = interruptions.refusals(self.config())
             path.write_bytes(before)
             if not all("checkpoint.start_over=true" in text for text in said):
@@ -207,7 +207,7 @@ class Adversary:
     def attempt(self, **kill: object) -> str:
         """Run until the end or the kill; check that it went on where it should have."""
         samples = self.run_dir / "samples_0.jsonl"
-        known, whole = len(lines(samples)), max(self.whole(), default=0)
+        known, whole = len(lines(samples)), max(self.complete_steps(), default=0)
         self.outcome = None
         try:
             self.outcome = interruptions.train(self.config(), **kill)
@@ -220,7 +220,7 @@ class Adversary:
             return "killed before its first step"
         return f"{where}, {'ended' if self.outcome else f'reached step {json.loads(lines(samples)[-1])[0]}'}"
 
-    def whole(self) -> list[int]:
+    def complete_steps(self) -> list[int]:
         """Steps whose checkpoint is as it was written: proven without the package's own reading of manifests."""
         found = []
         for manifest in (self.run_dir / "checkpoints").glob("step_*/manifest.json"):
@@ -271,7 +271,7 @@ def near(a: float, b: float, exact: bool) -> bool:
 
 
 def lines(path: Path) -> list[str]:
-    """Whole lines of a file that another process writes."""
+    """Complete lines of a file that another process writes."""
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 

@@ -78,7 +78,7 @@ def prompts(count: int, shortest: int, longest: int) -> list[list[int]]:
     return [torch.randint(50, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
-Writer = Callable[[list[list[int]], list[int]], int]  # from prompts and end ids to the number of tokens it wrote
+Generate = Callable[[list[list[int]], list[int]], int]  # from prompts and end ids to the number of response tokens
 
 
 class Ours:
@@ -96,7 +96,7 @@ class Ours:
         from nemo_tsdkd.data.tokenizer import Vocabulary
 
         vocabulary = Vocabulary(VOCAB, 0, tuple(eos_ids))
-        return {"config": self.config, "vocabulary": vocabulary, "tp_group": None, "pp_group": None}
+        return {"rollout_config": self.config, "vocabulary": vocabulary, "tp_group": None, "pp_group": None}
 
     def __call__(self, batch: list[list[int]], eos_ids: list[int]) -> int:
         from nemo_tsdkd.megatron.rollout.generation import generate
@@ -113,7 +113,7 @@ class Ours:
             return sum(runs > 1 for runs in decoder.regions.runs.values())
 
 
-def counted(write: Writer, batch: list[list[int]], eos_ids: list[int]) -> dict[str, float]:
+def counted(generate: Generate, batch: list[list[int]], eos_ids: list[int]) -> dict[str, float]:
     """What a token of a rollout costs the host: see the file's docstring."""
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -137,21 +137,21 @@ def counted(write: Writer, batch: list[list[int]], eos_ids: list[int]) -> dict[s
             return func(*args, **(kwargs or {}))
 
     with Reads(), Operators():
-        write(batch, eos_ids)
+        generate(batch, eos_ids)
     passes = total.pop("passes")
     return {f"{name}_per_token": count / passes for name, count in total.items()}
 
 
 def serve(folder: Path) -> None:
-    """Answer lines of JSON on standard input: the writer that `Elsewhere` asks."""
-    write = Ours(folder)
+    """Answer lines of JSON on standard input: the process that `OtherCheckout` starts."""
+    ours = Ours(folder)
     for line in sys.stdin:
         request = json.loads(line)
         given = request["prompts"], request["eos_ids"]
-        print("answer", json.dumps(counted(write, *given) if request["count"] else write(*given)), flush=True)
+        print("answer", json.dumps(counted(ours, *given) if request["count"] else ours(*given)), flush=True)
 
 
-class Elsewhere:
+class OtherCheckout:
     """`Ours` of another checkout, in a process of its own."""
 
     def __init__(self, folder: Path, checkout: Path, threads: int) -> None:
@@ -179,14 +179,14 @@ class Elsewhere:
         self._process.wait()
 
 
-def hugging_face(folder: Path, use_cache: bool) -> Writer:
+def hugging_face(folder: Path, use_cache: bool) -> Generate:
     import torch
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder / "hf").eval().to(device)
 
-    def write_batch(batch: list[list[int]], eos_ids: list[int]) -> int:
+    def generate_batch(batch: list[list[int]], eos_ids: list[int]) -> int:
         longest = max(map(len, batch))
         tokens = torch.tensor([[0] * (longest - len(p)) + p for p in batch], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device)
@@ -203,44 +203,44 @@ def hugging_face(folder: Path, use_cache: bool) -> Writer:
         ended = torch.isin(out.cpu(), torch.tensor(eos_ids)).cumsum(-1)
         return int((ended.roll(1, -1).index_fill(-1, torch.tensor(0), 0) == 0).sum())  # the first end token counts
 
-    def write(batch: list[list[int]], eos_ids: list[int]) -> int:
-        return sum(write_batch(batch[i : i + BATCH], eos_ids) for i in range(0, len(batch), BATCH))
+    def generate(batch: list[list[int]], eos_ids: list[int]) -> int:
+        return sum(generate_batch(batch[i : i + BATCH], eos_ids) for i in range(0, len(batch), BATCH))
 
-    return write
+    return generate
 
 
-def measure(folder: Path, repeats: int, before: Elsewhere | None) -> list[dict]:
+def measure(folder: Path, repeats: int, before: OtherCheckout | None) -> list[dict]:
     """Every workload on every implementation, in turns; the fastest of `repeats` runs each."""
     import torch
 
     torch.manual_seed(0)
-    write = Ours(folder)
-    writers: dict[str, Writer] = {
-        "ours": write,
+    ours = Ours(folder)
+    implementations: dict[str, Generate] = {
+        "ours": ours,
         "Hugging Face": hugging_face(folder, use_cache=True),
         "re-forward": hugging_face(folder, use_cache=False),
     }
     if before:
-        writers["before"] = before
+        implementations["before"] = before
     rows = []
     for workload, (*shape, eos_ids) in WORKLOADS.items():
         best: dict[str, tuple[float, int]] = {}
         for repeat in range(repeats + 1):
-            for name, writer in writers.items():
+            for name, generate in implementations.items():
                 if name == "re-forward" and workload != "fixed":
                     continue  # minutes, to show the same
                 start = time.perf_counter()
-                tokens = writer(prompts(*shape), eos_ids)
+                tokens = generate(prompts(*shape), eos_ids)
                 speed = tokens / (time.perf_counter() - start)
                 if repeat and speed > best.get(name, (0.0, 0))[0]:  # the first round warms up
                     best[name] = speed, tokens
         speed_before = best.pop("before", (0.0, 0))[0]
         for name, (speed, tokens) in best.items():
-            row = {"workload": workload, "writer": name, "response_tokens": tokens, "tokens_per_second": speed}
+            row = {"workload": workload, "implementation": name, "response_tokens": tokens, "tokens_per_second": speed}
             rows.append(row | {"times_hugging_face": speed / best["Hugging Face"][0]})
             if name == "ours":
-                rows[-1] |= counted(write, prompts(*shape), eos_ids)
-                rows[-1]["graphs"] = write.graphs(prompts(*shape), eos_ids)
+                rows[-1] |= counted(ours, prompts(*shape), eos_ids)
+                rows[-1]["graphs"] = ours.graphs(prompts(*shape), eos_ids)
                 if before:
                     earlier = {"tokens_per_second": speed_before} | before.counted(prompts(*shape), eos_ids)
                     earlier["times_hugging_face"] = speed_before / best["Hugging Face"][0]
@@ -262,7 +262,7 @@ def in_world_of_one(threads: int, work: Callable[[], Any]) -> Any:
 
 
 def measured(folder: Path, threads: int, repeats: int, checkout: Path | None) -> list[dict]:
-    before = Elsewhere(folder, checkout, threads) if checkout else None
+    before = OtherCheckout(folder, checkout, threads) if checkout else None
     try:
         return in_world_of_one(threads, lambda: measure(folder, repeats, before))
     finally:
@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="of another revision, measured in turns")
     parser.add_argument("--folder", type=Path, help="measure the models in this folder, in this process; print JSON")
-    parser.add_argument("--serve", action="store_true", help="with --folder: write on request")
+    parser.add_argument("--serve", action="store_true", help="with --folder: generate on request")
     args = parser.parse_args()
     if args.serve:
         in_world_of_one(args.threads, lambda: serve(args.folder))
@@ -308,7 +308,7 @@ def main() -> None:
             out = run_python(__file__, "--folder", folder, *options)
         for row in json.loads(out.splitlines()[-1]):
             rows.append({"model": name, **row})
-            print(f"{name:9}{row['workload']:18}{row['writer']:14}{shown(row)}", flush=True)
+            print(f"{name:9}{row['workload']:18}{row['implementation']:14}{shown(row)}", flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
 

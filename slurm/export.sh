@@ -7,7 +7,7 @@
 #SBATCH --mem=0
 #SBATCH --time=04:00:00
 #SBATCH --output=slurm/logs/%x-%j.out
-# The student of a run (its newest whole checkpoint, or CHECKPOINT) as a Hugging Face model, or FORMAT=nemo:
+# The student of a run (its newest complete checkpoint, or CHECKPOINT) as a Hugging Face model, or FORMAT=nemo:
 #   RUN_DIR=/shared/run OUTPUT=/shared/student sbatch slurm/export.sh
 set -euo pipefail
 # shellcheck source=slurm/lib.sh

@@ -76,7 +76,7 @@ def greedy_gap(checkpoint: Path) -> float:
     responses = generate(
         model,
         prompts,
-        config=RolloutConfig(max_new_tokens=16, batch_size=2, temperature=0.0),
+        rollout_config=RolloutConfig(max_new_tokens=16, batch_size=2, temperature=0.0),
         sample_ids=[0, 1, 2],
         seed=1,
         step=0,

@@ -82,7 +82,7 @@ def written(model: Any, case: dict[str, Any], **rules: Any) -> Written:
     responses = generate(
         model,
         case["prompts"],
-        config=RolloutConfig(**case["rules"] | rules),
+        rollout_config=RolloutConfig(**case["rules"] | rules),
         sample_ids=case["sample_ids"],
         seed=case["seed"],
         step=case["step"],

@@ -1,4 +1,4 @@
-"""Files and folders that appear in one step: a reader, and a crash, see the old content or the new, never a part."""
+"""Atomic writes of files and folders: a reader, also after a crash, sees the old content or the new, never a part."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from nemo_tsdkd.config.validation import UserError, is_of_the_host
 _PROBE = 1 << 20  # bytes
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Put a file into its place at once and for good: readers, and crashes, leave the old content or the new."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file atomically and flush it to the disk."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(content)
     sync(partial)
@@ -27,13 +27,13 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def appearing_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside `target` and rename it there when the block ends without an error.
 
-    Nobody ever sees a part of it. Where another process was faster, its folder stays and this one is dropped.
+    No reader sees a part of it. If another process was faster, its folder stays and this one is removed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Not by process number: on a shared disk it may be that of another node's process, which writes there now.
+    # Not the process number: on a shared disk a process of another node may have the same one.
     partial = target.parent / f".{target.name}.{secrets.token_hex(8)}.partial"
     partial.mkdir()
     try:
@@ -51,11 +51,11 @@ def appearing_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def full_disk_told(folder: Path) -> Iterator[None]:
-    """Say so where the folder's disk is full or over its quota: what libraries raise then has often no word of it.
+def detect_full_disk(folder: Path) -> Iterator[None]:
+    """Replace an error by the disk's own if the folder's disk is full or over quota: libraries often hide that cause.
 
     Raises:
-        OSError: what the disk answers, in place of the error it led to.
+        OSError: the disk's error.
     """
     try:
         yield
@@ -74,7 +74,7 @@ def full_disk_told(folder: Path) -> Iterator[None]:
 
 
 def require_creatable(name: str, folder: Path) -> None:
-    """Raise UserError unless `folder`, the value of the option or field `name`, is or can become one to write to."""
+    """Raise UserError unless `folder`, the value of the option or field `name`, is writable or can be created."""
     shown = f"{name} = {str(folder)!r}"
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -83,7 +83,7 @@ def require_creatable(name: str, folder: Path) -> None:
     if not there.is_dir():
         raise UserError(f"{shown}: {there} is not a folder. Choose another place.")
     try:
-        TemporaryFile(dir=there).close()  # not os.access, which tells root of no mount that is read-only
+        TemporaryFile(dir=there).close()  # not os.access, which ignores read-only mounts for root
     except OSError as error:
         if is_of_the_host(error):
             raise
@@ -100,7 +100,7 @@ def sync(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; UserError with the file's name where it is none."""
+    """The object in a JSON file; UserError with the file's name if it holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # the second: bytes, syntax, numbers of 5,000 digits
@@ -113,5 +113,5 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Strict JSON (NaN raises ValueError), in place at once."""
-    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    """Write strict JSON (NaN raises ValueError) atomically."""
+    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

@@ -1,4 +1,4 @@
-"""What a folder from elsewhere may hold: files inside it, formats without code. Names and JSON only, no torch."""
+"""Safety of model folders from other sources: no code, no links out of the folder. Reads names and JSON; no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nemo_tsdkd.checkpoints.atomic import read_json
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint
 from nemo_tsdkd.config.validation import UserError
 
-# Files from which a library of the stack would unpickle, or load another model, as soon as it finds them.
+# Libraries of the stack unpickle these files, or load another model, as soon as they find them.
 _REFUSED = {
     "modelopt_state": "ModelOpt's state is a pickle, which could run code",
     "modelopt_state.pth": "ModelOpt's state is a pickle, which could run code",
@@ -17,8 +17,8 @@ _REFUSED = {
 _FORMAT = {"sharded_backend": "torch_dist", "common_backend": "torch"}
 
 
-def require_harmless(folder: Path) -> None:
-    """Check that to read a model folder runs none of its code and leaves it nowhere.
+def require_safe(folder: Path) -> None:
+    """Check that reading a model folder runs no code and reads no file outside of it.
 
     Raises:
         UserError: a link that leads out of the folder, a pickle, an adapter, a quantized model, or another format of
@@ -41,8 +41,8 @@ def require_harmless(folder: Path) -> None:
 
 
 def _require_inside(path: Path, folder: Path) -> None:
-    """Links may lead to the folder's own files; in Hugging Face's cache, where all files of a snapshot are links, also
-    to the model's blobs."""
+    """A link may point to a file of the folder; in Hugging Face's cache, where all files of a snapshot are links, also
+    to one of the model's blobs."""
     if not path.is_symlink():
         return
     target, inside = path.resolve(), [folder.resolve()]

@@ -197,7 +197,7 @@ def _rope_settings(config: Mapping[str, Any], path: Path) -> dict[str, tuple[str
 
 def _whole(path: Path, name: str, value: Any) -> None:
     ok = isinstance(value, int) and _positive(value)
-    _require(ok, path, name, value, "must be a whole number above 0", "Give a whole config.json.")
+    _require(ok, path, name, value, "must be a whole number above 0", "Give a complete config.json.")
 
 
 def _positive(value: Any) -> bool:

@@ -1,8 +1,8 @@
-"""A checkpoint is whole or absent: folders that appear in one step, manifests that prove every byte.
+"""Manifests: they show whether a checkpoint is complete and undamaged.
 
-A conversion is written beside its place, sealed with a manifest and renamed there. A training checkpoint is written by
-many ranks into its final place; its manifest, written last, lists the size and digest of every file. A folder without
-a manifest, or one whose files disagree with it, does not count.
+A conversion writes a folder and its manifest under a temporary name and renames the folder. A training checkpoint is
+written by many ranks into its final folder; its manifest, written last, lists the size and digest of every file. A
+folder without a manifest, or one whose files differ from it, does not count.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from nemo_tsdkd.checkpoints.atomic import sync, write_whole
+from nemo_tsdkd.checkpoints.atomic import sync, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -34,25 +34,27 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / CHECKPOINTS / f"step_{step}"
 
 
-def newest_whole(run_dir: Path) -> Path | None:
-    """The run's newest checkpoint whose every byte is as it was written; the log says which were passed over."""
-    return first_whole(folders(run_dir)[::-1], find_damage)
+def newest_complete(run_dir: Path) -> Path | None:
+    """The run's newest complete and undamaged checkpoint; the log names those that it skips."""
+    return first_complete(checkpoint_folders(run_dir)[::-1], find_damage)
 
 
-def first_whole(candidates: Sequence[Path], damage_of: Callable[[Path], str | None]) -> Path | None:
-    """The first folder without damage; the log says which were passed over."""
+def first_complete(candidates: Sequence[Path], damage_of: Callable[[Path], str | None]) -> Path | None:
+    """The first folder without damage; the log names those that it skips."""
     for folder in candidates:
         damage = damage_of(folder)
         if damage is None:
             return folder
-        logger.warning("%s is passed over: %s.", folder, damage)
+        logger.warning("%s is skipped: %s.", folder, damage)
     return None
 
 
 def find_damage(folder: Path, part: int = 0, parts: int = 1, deep: bool = True) -> str | None:
-    """What is wrong with a checkpoint, in words; None where it is whole. Reads all of it, several files at once.
+    """What is wrong with a checkpoint, as text; None if nothing is. Reads all of it, several files at once.
 
-    Of several `parts`, each reads the content of its share of the files. Not `deep`: names and sizes only.
+    Args:
+        part, parts: read the content of files `part`, `part + parts`, ... only.
+        deep: compare contents too, not names and sizes only.
     """
     if not has_manifest(folder):
         return "it was not written to its end (no manifest)"
@@ -63,7 +65,7 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1, deep: bool = True) 
         return _find_change(folder, dict(sorted(entries.items())[part::parts]), deep)
     except (ValueError, KeyError, TypeError, AttributeError):
         return "its manifest cannot be read"
-    except OSError as error:  # a bad disk is no reason to give up the checkpoints before
+    except OSError as error:  # after a bad disk, older checkpoints may still be good
         return f"it cannot be read ({error})"
 
 
@@ -87,17 +89,17 @@ def has_manifest(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def contents(folder: Path) -> list[str]:
-    """Names of the files that a manifest must list. One rank looks for all: on a network file system another may not
-    yet see every file, and shares cut from unequal lists would leave some out."""
+def files_to_list(folder: Path) -> list[str]:
+    """Names of the files that a manifest must list. One rank lists them for all: on a network file system another rank
+    may not see every file yet, and shares of unequal lists would leave files out."""
     beside = {folder / MANIFEST, folder / UNFINISHED}
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p not in beside)
 
 
-def describe(folder: Path, names: Sequence[str]) -> dict[str, dict[str, int | str]]:
+def manifest_entries(folder: Path, names: Sequence[str]) -> dict[str, dict[str, int | str]]:
     """Manifest entries of these files, once they are on the disk.
 
-    Each rank takes every `world_size`-th name, and so reads what others wrote: what the disk holds, not its own cache.
+    Each rank takes every `world_size`-th name, and so reads files of other ranks from the disk, not from its own cache.
     """
     paths = [folder / name for name in names]
     for path in paths:
@@ -107,30 +109,30 @@ def describe(folder: Path, names: Sequence[str]) -> dict[str, dict[str, int | st
 
 
 def write_manifest(folder: Path, entries: dict[str, dict[str, int | str]]) -> None:
-    """Write the manifest, from when on the checkpoint counts. Call it last, on one rank."""
+    """Write the manifest; from then on the checkpoint counts. Call it last, on one rank."""
     for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder, folder.parent]:
         sync(path)
-    write_whole(folder / MANIFEST, json.dumps(entries, indent=1, sort_keys=True).encode())
+    write_atomically(folder / MANIFEST, json.dumps(entries, indent=1, sort_keys=True).encode())
 
 
-def seal_folder(folder: Path) -> None:
-    """Declare a folder whole that this process alone wrote: an import or an export. Reads it once."""
-    write_manifest(folder, describe(folder, contents(folder)))
+def add_manifest(folder: Path) -> None:
+    """Write the manifest of a folder that this process alone wrote: an import or an export. Reads all files once."""
+    write_manifest(folder, manifest_entries(folder, files_to_list(folder)))
 
 
-def folders(run_dir: Path) -> list[Path]:
-    """All folders of a run's checkpoints, whole or not, linked ones too, by their steps. A file is no checkpoint."""
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """All checkpoint folders of a run, sorted by step: complete or not, and links to folders."""
     named = [p for p in (run_dir / CHECKPOINTS).glob("step_*") if _STEP.fullmatch(p.name)]
     return sorted((p for p in named if p.is_dir()), key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """The step whose checkpoint the folder holds."""
+    """The step of a checkpoint folder."""
     return int(folder.name.removeprefix("step_"))
 
 
 def digests(paths: Sequence[Path]) -> list[str]:
-    """128-bit xxh3 of each file's content, in hex: proof against damage and chance, not against an attacker."""
+    """128-bit xxh3 of each file's content, in hex. It finds damage; it does not stop an attacker."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
         return list(pool.map(_digest, paths))
 

@@ -1,9 +1,9 @@
-"""One writer for each run folder, on any disk that all nodes share and without a server.
+"""A lock for each run folder: one process at a time writes it. Works on any shared disk and needs no server.
 
-`run_dir/lock/N.json` names the process that writes the run; the greatest N counts. To take the lock over is to create
-N + 1 with O_EXCL, which only one of several processes can do, on network file systems too. A process that was taken for
-dead and comes back finds a greater number than its own and stops. A released lock stays, marked, so that numbers only
-grow.
+`run_dir/lock/N.json` names the process that writes the run; the greatest N counts. A process takes the lock
+over by creating N + 1 with O_EXCL, which only one of several processes can do, on network file systems too. A process
+that counted as dead and continues finds a number above its own and stops. A released lock stays, marked as released, so
+that numbers only grow.
 
 A holder touches its file every `REFRESH` seconds. It counts as dead
 
@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from nemo_tsdkd.checkpoints.atomic import sync, write_whole
+from nemo_tsdkd.checkpoints.atomic import sync, write_atomically
 from nemo_tsdkd.config.validation import UserError
 
 REFRESH, STALE = 15.0, 120.0  # seconds; NFS may show a refresh to other nodes a minute late
@@ -72,12 +72,12 @@ class Holder:
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to write a run: plain data, which every rank may hold and copy."""
+    """The right to write a run. Plain data: every rank may hold and copy it."""
 
     run_dir: Path
     number: int
 
-    def require(self) -> None:
+    def require_held(self) -> None:
         """Raise UserError once another process has taken the run over: nothing more may be written."""
         if (newest := _newest(self.run_dir)) != self.number:
             raise UserError(
@@ -95,12 +95,12 @@ def lock(run_dir: Path) -> Iterator[Claim]:
     """
     claim = _acquire(run_dir)
     ended = threading.Event()
-    threading.Thread(target=_keep_fresh, args=(claim, ended), name="run lock", daemon=True).start()
+    threading.Thread(target=_refresh_until, args=(claim, ended), name="run lock", daemon=True).start()
     try:
         yield claim
     finally:
         ended.set()
-        with suppress(OSError):  # an unreleased lock of an ended process counts for nothing either
+        with suppress(OSError):  # the lock of an ended process does not count, released or not
             _release(claim)
 
 
@@ -117,7 +117,9 @@ def _acquire(run_dir: Path) -> Claim:
         claim = Claim(run_dir, newest + 1)
         if not _create(_path(claim), me):
             continue  # another process was faster: look at that one
-        if _newest(run_dir) != claim.number:  # it was late: somebody took the run over and went on to greater numbers
+        if (
+            _newest(run_dir) != claim.number
+        ):  # too late: another process has taken the run over and created greater numbers
             _path(claim).unlink(missing_ok=True)
             continue
         for number in _numbers(run_dir):
@@ -144,7 +146,7 @@ def _create(path: Path, me: Holder) -> bool:
 
 
 def _has_ended(run_dir: Path, number: int, me: Holder) -> bool:
-    """Whether the lock's holder is known not to write any more; watches its file where nothing else tells."""
+    """Whether the lock's holder has ended; watches its file where nothing else shows it."""
     holder = _read(run_dir, number)
     if holder:
         if holder.released:
@@ -163,15 +165,15 @@ def _has_ended(run_dir: Path, number: int, me: Holder) -> bool:
     return True
 
 
-def _keep_fresh(claim: Claim, ended: threading.Event) -> None:
+def _refresh_until(claim: Claim, ended: threading.Event) -> None:
     while not ended.wait(REFRESH):
-        with suppress(OSError):  # a disk that is away for a while; `Claim.require` finds what that led to
+        with suppress(OSError):  # the disk may be unavailable for a while; `Claim.require_held` finds a lost lock
             os.utime(_path(claim))
 
 
 def _release(claim: Claim) -> None:
     if _newest(claim.run_dir) == claim.number and (holder := _read(claim.run_dir, claim.number)):
-        write_whole(_path(claim), json.dumps(asdict(holder) | {"released": True}).encode())
+        write_atomically(_path(claim), json.dumps(asdict(holder) | {"released": True}).encode())
 
 
 def _path(claim: Claim) -> Path:
@@ -203,7 +205,7 @@ def _modified(path: Path) -> float | None:
 
 
 def _now(run_dir: Path) -> float:
-    """The time by the clock of the run's disk, which alone sets the times of its files."""
+    """The time by the clock of the run's disk, which sets the times of its files."""
     with tempfile.TemporaryFile(dir=run_dir / LOCK) as file:
         file.write(b".")
         file.flush()
@@ -211,7 +213,7 @@ def _now(run_dir: Path) -> float:
 
 
 def _process_start(pid: int) -> int | None:
-    """When a process of this machine began, in clock ticks after boot; None where there is none but a zombie."""
+    """When a process of this machine began, in clock ticks after boot; None if there is none, or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

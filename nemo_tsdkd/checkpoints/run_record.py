@@ -1,7 +1,7 @@
-"""What a run is, in `run.json` of its folder and of each of its checkpoints: its own number and the student it trains.
+"""`run.json`, in a run's folder and in each of its checkpoints: the run's id, and digests of student and tokenizer.
 
-Deletion asks for the number (`retention.py`): a checkpoint without it is not the run's to remove. A resume asks for the
-student and the tokenizer, by their content: where they lie does not matter.
+A run removes only checkpoints with its id (`retention.py`). A resume compares the digests of student and tokenizer, not
+their paths.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RECORD = "run.json"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run's number, and digests of the student it began with and of its tokenizer."""
+    """A run's id, and digests of the student it began with and of its tokenizer."""
 
     run: str
     student: str
@@ -30,7 +30,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord | None:
-        """That of a run or checkpoint folder; None where there is none, or a damaged one."""
+        """The record of a run or checkpoint folder; None if it is absent or damaged."""
         try:
             values = read_json(folder / RECORD)
             return cls(**{name: str(values[name]) for name in ("run", "student", "tokenizer")})
@@ -42,11 +42,11 @@ class RunRecord:
 
 
 def open_record(run_dir: Path, checkpoint: Path | None, student: str, tokenizer: str) -> RunRecord:
-    """The run's record, made at its first start. Call it on one rank, which holds the run's lock.
+    """The run's record, created at its first start. Call it on one rank, which holds the run's lock.
 
     Args:
-        checkpoint: the one to resume from; None where the run begins.
-        student, tokenizer: digests of what the configuration names.
+        checkpoint: the one to resume from; None at step 1.
+        student, tokenizer: digests of the configured student and tokenizer.
 
     Raises:
         UserError: the checkpoint was trained from another student or for another tokenizer.
@@ -67,11 +67,11 @@ def open_record(run_dir: Path, checkpoint: Path | None, student: str, tokenizer:
 
 
 def student_digest(checkpoint: Path) -> str:
-    """Digest of a NeMo checkpoint's tensors, equal for each import of one model. (The index beside them is not.)"""
+    """Digest of a NeMo checkpoint's tensors, equal for each import of one model (the index file is not)."""
     paths = sorted((checkpoint / "weights").glob("*.distcp"))
     return content_digest(dict(zip((p.name for p in paths), digests(paths), strict=True)))
 
 
 def content_digest(value: dict) -> str:
-    """Digest of what can be written as JSON, in any order of its keys."""
+    """Digest of a value that JSON can hold; the order of keys does not matter."""
     return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True, ensure_ascii=True).encode())

@@ -1,5 +1,5 @@
-"""A run that has saved never begins again at step 1 by itself: its checkpoints may be damaged, or on a disk that is not
-mounted."""
+"""A run with saved checkpoints begins again at step 1 only if the user allows it: its checkpoints may be damaged, or on
+a disk that is not mounted."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ METRICS = "metrics.jsonl"
 logger = logging.getLogger(__name__)
 
 
-def begin(run_dir: Path, damaged: Mapping[Path, str], allowed: bool) -> None:
-    """Let a run without a whole checkpoint begin at step 1. Call it on one rank, which holds the run's lock.
+def begin_at_step_1(run_dir: Path, damaged: Mapping[Path, str], allowed: bool) -> None:
+    """Prepare a run without a complete checkpoint to begin at step 1. Call it on one rank, which holds the run's lock.
 
-    What an earlier beginning left keeps its content under another name.
+    Files of earlier attempts are renamed, not removed.
 
     Args:
         damaged: checkpoints that do not count, with what is wrong with each.
@@ -32,15 +32,19 @@ def begin(run_dir: Path, damaged: Mapping[Path, str], allowed: bool) -> None:
     saved = {folder: damage for folder, damage in damaged.items() if was_saved(folder)}
     marks = [run_dir / name for name in (LAST_STEP, FINISHED) if (run_dir / name).exists()]
     if not saved and not marks:
-        return  # an attempt that was killed before its first save has left nothing to go on from
+        return  # an attempt that was killed before its first save has left no checkpoint
     if not allowed:
         raise UserError(
-            f"run_dir = {str(run_dir)!r}: {_trace(run_dir, marks)}, but no checkpoint is whole: "
+            f"run_dir = {str(run_dir)!r}: {_trace(run_dir, marks)}, but no checkpoint is complete: "
             f"{_state(run_dir, saved)}. Mount the disk or put the checkpoints back; "
             "checkpoint.start_over=true begins again at step 1 and keeps what is here under other names."
         )
     logger.warning("%s: starts over at step 1 (checkpoint.start_over).", run_dir)
-    for path in [*saved, run_dir / METRICS, *reversed(marks)]:  # last_step at the end: killed before, it says so again
+    for path in [
+        *saved,
+        run_dir / METRICS,
+        *reversed(marks),
+    ]:  # last_step comes last: if this is killed before, the next attempt checks again
         if path.exists():
             set_aside(path)
 

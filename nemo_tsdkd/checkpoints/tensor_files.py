@@ -79,4 +79,4 @@ def _headers(file: Path) -> Iterator[tuple[str, StoredTensor]]:
                 part = content.get_slice(name)
                 yield name, StoredTensor(file, part.get_dtype(), tuple(part.get_shape()))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}). Copy or save it again.") from error
+        raise UserError(f"{file}: not a complete safetensors file ({error}). Copy or save it again.") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_tsdkd.checkpoints.atomic import read_json
-from nemo_tsdkd.checkpoints.foreign import require_harmless
+from nemo_tsdkd.checkpoints.foreign import require_safe
 from nemo_tsdkd.checkpoints.hf_config import check_config
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint, require_importable
 from nemo_tsdkd.checkpoints.shape import ModelShape
@@ -104,7 +104,7 @@ def _require_model(which: str, path: Path) -> bool:
     """Raise UserError unless `path` is a model to read; else whether it keeps a config.json, as all do but NeMo
     checkpoints from elsewhere."""
     if is_nemo_checkpoint(path):
-        require_harmless(path)
+        require_safe(path)
         if not (path / HF_ASSETS).is_dir():
             return False
         config = path / HF_ASSETS / "config.json"
@@ -114,6 +114,6 @@ def _require_model(which: str, path: Path) -> bool:
         raise UserError(
             f"{which}.path = {str(path)!r}: no such folder. Give a local Hugging Face folder or a NeMo checkpoint."
         )
-    require_harmless(path)
+    require_safe(path)
     require_importable(path)
     return True

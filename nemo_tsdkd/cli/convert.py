@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemo_tsdkd.checkpoints.atomic import appearing_folder, full_disk_told, require_creatable
+from nemo_tsdkd.checkpoints.atomic import atomic_folder, detect_full_disk, require_creatable
 from nemo_tsdkd.checkpoints.completeness import require_complete
-from nemo_tsdkd.checkpoints.foreign import require_harmless
-from nemo_tsdkd.checkpoints.manifest import CHECKPOINTS, find_damage, has_manifest, newest_whole, seal_folder
+from nemo_tsdkd.checkpoints.foreign import require_safe
+from nemo_tsdkd.checkpoints.manifest import CHECKPOINTS, add_manifest, find_damage, has_manifest, newest_complete
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint, require_importable
 from nemo_tsdkd.config.validation import UserError
-from nemo_tsdkd.distributed.output import libraries_to
+from nemo_tsdkd.distributed.output import redirect_library_output
 
 
 def import_main(argv: Sequence[str] | None = None) -> None:
@@ -26,7 +26,7 @@ def import_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
     args = parser.parse_args(argv)
     if args.source.is_dir():
-        require_harmless(args.source)
+        require_safe(args.source)
     require_importable(args.source)
     if has_manifest(args.source) and (damage := find_damage(args.source)):
         raise UserError(f"--source = {args.source}: {damage}. Export or copy the model again.")
@@ -41,7 +41,7 @@ def import_main(argv: Sequence[str] | None = None) -> None:
 def export_main(argv: Sequence[str] | None = None) -> None:
     """`nemo-tsdkd export --checkpoint DIR --to hf|nemo --output DIR`: the student of a run, or of one checkpoint."""
     parser = argparse.ArgumentParser(prog="nemo-tsdkd export", description=export_main.__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder (newest whole one) or checkpoint")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder (newest complete one) or checkpoint")
     parser.add_argument("--to", choices=("hf", "nemo"), required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
     args = parser.parse_args(argv)
@@ -66,22 +66,22 @@ def _output(target: Path) -> Iterator[Path]:
         raise UserError(f"--output = {target}: must not exist. Remove it or choose another folder.")
     require_creatable("--output", target)
     log = target.with_name(f"{target.name}.log")
-    with libraries_to(log), appearing_folder(target) as folder, full_disk_told(folder):
+    with redirect_library_output(log), atomic_folder(target) as folder, detect_full_disk(folder):
         yield folder
-        seal_folder(folder)
+        add_manifest(folder)
     log.unlink(missing_ok=True)
 
 
 def _checkpoint_in(folder: Path) -> Path:
-    """The checkpoint itself, or the newest whole one of a run folder. What a run wrote must be proven whole."""
-    checkpoint = folder if is_nemo_checkpoint(folder) else newest_whole(folder)
+    """The checkpoint itself, or the newest complete one of a run folder. A run's checkpoint must match its manifest."""
+    checkpoint = folder if is_nemo_checkpoint(folder) else newest_complete(folder)
     if checkpoint is None:
-        raise UserError(f"--checkpoint = {folder}: no whole checkpoint in it. Give a run folder or a NeMo checkpoint.")
+        raise UserError(f"--checkpoint = {folder}: no complete checkpoint in it. Give a run folder or NeMo checkpoint.")
     resolved = folder.resolve()
     of_a_run = has_manifest(folder) or (resolved.parent.name == CHECKPOINTS and resolved.name.startswith("step_"))
     if of_a_run and (damage := find_damage(folder)):
         raise UserError(f"--checkpoint = {folder}: {damage}. Choose another checkpoint of the run.")
-    require_harmless(checkpoint)
+    require_safe(checkpoint)
     if not (checkpoint / HF_ASSETS).is_dir():
         raise UserError(
             f"--checkpoint = {checkpoint}: not written by nemo-tsdkd. Export it with NeMo's llm.export_ckpt."

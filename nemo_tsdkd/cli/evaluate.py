@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nemo_tsdkd.checkpoints.atomic import read_json, write_json
-from nemo_tsdkd.checkpoints.foreign import require_harmless
+from nemo_tsdkd.checkpoints.foreign import require_safe
 from nemo_tsdkd.checkpoints.model_folder import content_key, require_importable
 from nemo_tsdkd.checkpoints.transformers5 import readable_folder
 from nemo_tsdkd.checks.start import check_weights
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     require_importable(args.model)
-    require_harmless(args.model)
+    require_safe(args.model)
     check_weights(args.model)
     if args.include_path and not args.include_path.is_dir():
         raise UserError(f"--include-path = {args.include_path}: no such folder. Give a folder of task YAML files.")

@@ -19,7 +19,7 @@ from nemo_tsdkd.config.compose import add_config_arguments, config_from
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.data.response_shards import FORMATS, Shards
 from nemo_tsdkd.distributed import launch
-from nemo_tsdkd.distributed.output import libraries_to
+from nemo_tsdkd.distributed.output import redirect_library_output
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_weights(Path(getattr(config, args.model).path))
     # The scripts of slurm/ give every rank its own log files; elsewhere the ranks of a node share one.
     log = args.output.with_name(f"{args.output.name}.log")
-    with nullcontext() if "SLURM_JOB_ID" in os.environ else libraries_to(log):
+    with nullcontext() if "SLURM_JOB_ID" in os.environ else redirect_library_output(log):
         from nemo_tsdkd.megatron.rollout.responses import write_responses
 
         write_responses(config, args.model, Shards(args.output, args.format, args.shard_size or 0))

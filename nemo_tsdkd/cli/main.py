@@ -17,18 +17,18 @@ from pathlib import Path
 from nemo_tsdkd.config.schema import ParallelConfig
 from nemo_tsdkd.config.validation import HostError, UserError, is_of_the_host
 from nemo_tsdkd.distributed import launch
-from nemo_tsdkd.distributed.signals import follow_launcher, leave_at_once
+from nemo_tsdkd.distributed.signals import end_with_torchrun, exit_on_stop_signals
 
 
 def train_main(argv: Sequence[str]) -> None:
     place = launch.environment()
     command = launch.command_line(["train", *argv])
-    leave_at_once(command, prints=place.rank == 0)
-    follow_launcher()
+    exit_on_stop_signals(command, prints=place.rank == 0)
+    end_with_torchrun()
     from nemo_tsdkd.checks.setup import check_ranks, check_setup
     from nemo_tsdkd.checks.start import check_start
     from nemo_tsdkd.config.compose import add_config_arguments, config_from
-    from nemo_tsdkd.distributed.output import libraries_to
+    from nemo_tsdkd.distributed.output import redirect_library_output
 
     parser = argparse.ArgumentParser(prog="nemo-tsdkd train")
     add_config_arguments(parser)
@@ -38,7 +38,7 @@ def train_main(argv: Sequence[str]) -> None:
     check_start(config, shapes)
     # The scripts of slurm/ give every rank its own log files.
     log = Path(config.run_dir, "logs", f"rank_{place.rank}.log")
-    with nullcontext() if "SLURM_JOB_ID" in os.environ else libraries_to(log):
+    with nullcontext() if "SLURM_JOB_ID" in os.environ else redirect_library_output(log):
         from nemo_tsdkd.megatron.train import train
 
         stopped = train(config)

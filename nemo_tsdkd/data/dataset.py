@@ -47,9 +47,9 @@ class PromptDataset(Dataset[Sample]):
 
     @classmethod
     def load(
-        cls, config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | None = None
+        cls, data_config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | None = None
     ) -> PromptDataset:
-        """Read `config.path`, check every row and tokenize it.
+        """Read `data_config.path`, check every row and tokenize it.
 
         A prompt longer than `seq_length - 1` leaves no room for a response token, and a response that needs more
         than `seq_length` together with its prompt would lose its end: both are dropped and counted, never cut.
@@ -61,35 +61,35 @@ class PromptDataset(Dataset[Sample]):
             UserError: no such file or hub data set, a bad row (with file and line), a tokenizer without chat
                 template, or no usable row.
         """
-        require_template(config, tokenizer)
+        require_template(data_config, tokenizer)
         encoded = datasets.concatenate_datasets(
             [
                 rows.map(
                     encode_row,
                     with_indices=True,
-                    fn_kwargs=dict(source=source, config=config, tokenizer=tokenizer, vocabulary=vocabulary),
+                    fn_kwargs=dict(source=source, data_config=data_config, tokenizer=tokenizer, vocabulary=vocabulary),
                     remove_columns=rows.column_names,
                     features=ENCODED,
                     desc=f"Tokenizing {source}",
                 )
-                for source, rows in _open(config)
+                for source, rows in _open(data_config)
             ]
         )
         prompt, response = (
             list_value_length(encoded.data.column(name)).to_numpy() for name in ("prompt_ids", "response_ids")
         )
         total = prompt + response
-        long_prompt = prompt > config.seq_length - 1
-        keep = np.flatnonzero(~long_prompt & (total <= config.seq_length))
+        long_prompt = prompt > data_config.seq_length - 1
+        keep = np.flatnonzero(~long_prompt & (total <= data_config.seq_length))
         dropped = len(encoded) - len(keep)
         log.info(
             "data: %d rows of %s; dropped %d whose prompt and %d whose response does not fit into seq_length %d",
-            *(len(encoded), config.path, long_prompt.sum(), dropped - long_prompt.sum(), config.seq_length),
+            *(len(encoded), data_config.path, long_prompt.sum(), dropped - long_prompt.sum(), data_config.seq_length),
         )
         if len(keep) == 0:
             raise UserError(
-                f"data.path = {config.path!r}: no usable row ({dropped} dropped for data.seq_length = "
-                f"{config.seq_length}). Give a file with rows, or a larger seq_length."
+                f"data.path = {data_config.path!r}: no usable row ({dropped} dropped for data.seq_length = "
+                f"{data_config.seq_length}). Give a file with rows, or a larger seq_length."
             )
         return cls(encoded.select(keep), dropped)
 
@@ -136,14 +136,14 @@ class EpochOrder(Dataset[Sample]):
         return replace(self.dataset[int(self._order[position])], index=i)
 
 
-def _open(config: DataConfig) -> list[tuple[str, datasets.Dataset]]:
+def _open(data_config: DataConfig) -> list[tuple[str, datasets.Dataset]]:
     """(name for messages, first `limit` rows) of each file of `data.path`, or of the hub data set."""
-    check_data(config)
-    if Path(config.path).exists():
-        parts = [(str(file), _read_file(file)) for file in data_files(config)]
+    check_data(data_config)
+    if Path(data_config.path).exists():
+        parts = [(str(file), _read_file(file)) for file in data_files(data_config)]
     else:
-        parts = [(config.path, _read_hub(config))]
-    left = config.limit if config.limit is not None else sum(len(rows) for _, rows in parts)
+        parts = [(data_config.path, _read_hub(data_config))]
+    left = data_config.limit if data_config.limit is not None else sum(len(rows) for _, rows in parts)
     taken = []
     for source, rows in parts:
         taken.append((source, rows.select(range(min(left, len(rows))))))
@@ -165,12 +165,12 @@ def _read_file(path: Path) -> datasets.Dataset:
         ) from e
 
 
-def _read_hub(config: DataConfig) -> datasets.Dataset:
+def _read_hub(data_config: DataConfig) -> datasets.Dataset:
     try:
-        return datasets.load_dataset(config.path, config.subset, split=config.split)
+        return datasets.load_dataset(data_config.path, data_config.subset, split=data_config.split)
     except (ConnectionError, FileNotFoundError, ValueError) as e:  # the last: no such subset or split
         raise UserError(
-            f"data.path = {config.path!r} (subset {config.subset}, split {config.split}): neither a local file nor a "
-            f"data set that the hub gives out ({e}). "
+            f"data.path = {data_config.path!r} (subset {data_config.subset}, split {data_config.split}): neither "
+            f"a local file nor a data set that the hub gives out ({e}). "
             "Check the name, or download it first and give the .jsonl or .parquet file."
         ) from e

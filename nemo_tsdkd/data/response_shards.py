@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nemo_tsdkd.checkpoints.atomic import read_json, write_whole
+from nemo_tsdkd.checkpoints.atomic import read_json, write_atomically
 from nemo_tsdkd.config.integers import ceil_div
 from nemo_tsdkd.config.schema import TrainConfig
 from nemo_tsdkd.config.validation import UserError
@@ -64,7 +64,7 @@ class Shards:
                 )
         if not written:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(settings, indent=1).encode())
+            write_atomically(path, json.dumps(settings, indent=1).encode())
 
     def missing(self, rows: int) -> list[int]:
         """Numbers of the shards of `rows` prompts that are not there yet."""
@@ -82,7 +82,7 @@ class Shards:
             sink = pa.BufferOutputStream()
             pq.write_table(pa.Table.from_pylist(records), sink)
             content = sink.getvalue().to_pybytes()
-        write_whole(self._path(shard), content)
+        write_atomically(self._path(shard), content)
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"responses-{shard:05}.{self.format}"

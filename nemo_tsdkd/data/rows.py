@@ -20,7 +20,7 @@ from nemo_tsdkd.data.tokenizer import Vocabulary, response_text
 _ROWS, _FILES = 8, 8  # of the first files the first rows
 
 
-def check_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | None) -> bool:
+def check_rows(data_config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | None) -> bool:
     """Encode the first rows of the data as training will; False where that would mean a download from the hub.
 
     Args:
@@ -29,22 +29,24 @@ def check_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabular
     Raises:
         UserError: a file that cannot be read, or a bad row (with file and line).
     """
-    check_data(config)
-    require_template(config, tokenizer)
-    if not Path(config.path).exists():
+    check_data(data_config)
+    require_template(data_config, tokenizer)
+    if not Path(data_config.path).exists():
         return False
-    for file in data_files(config)[:_FILES]:
-        rows = list(itertools.islice(_read(file), min(_ROWS, config.limit or _ROWS)))
+    for file in data_files(data_config)[:_FILES]:
+        rows = list(itertools.islice(_read(file), min(_ROWS, data_config.limit or _ROWS)))
         if not rows:
             raise UserError(f"data.path = {str(file)!r}: is empty. Give a file with rows.")
         for index, row in enumerate(rows):
-            encode_row(row, index, source=str(file), config=config, tokenizer=tokenizer, vocabulary=vocabulary)
+            encode_row(
+                row, index, source=str(file), data_config=data_config, tokenizer=tokenizer, vocabulary=vocabulary
+            )
     return True
 
 
-def require_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def require_template(data_config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError where a chat template is asked for and the tokenizer has none."""
-    if config.apply_chat_template and tokenizer.chat_template is None:
+    if data_config.apply_chat_template and tokenizer.chat_template is None:
         raise UserError(
             "data.apply_chat_template = True: the tokenizer has no chat template. Set it to false for a base model."
         )
@@ -70,7 +72,7 @@ def encode_row(
     index: int,
     *,
     source: str,
-    config: DataConfig,
+    data_config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary | None,
 ) -> dict[str, Any]:
@@ -83,11 +85,11 @@ def encode_row(
     where = f"{source}, {'line' if is_json else 'row'} {index + 1}"
     if is_json:
         row = _parse_line(row["text"], where)
-    column = config.prompt_column
+    column = data_config.prompt_column
     if column == "prompt" and "prompt" not in row and "instruction" in row:
         column = "instruction"  # as half of the public instruction data calls its prompts
     prompt = _text(row, column, where)
-    if config.apply_chat_template:
+    if data_config.apply_chat_template:
         message = {"role": "user", "content": prompt}
         try:
             prompt_ids = tokenizer.apply_chat_template([message], add_generation_prompt=True)
@@ -100,22 +102,22 @@ def encode_row(
         prompt_ids = tokenizer(prompt)["input_ids"]
     if not prompt_ids:
         raise UserError(f"{where}: {column} = {prompt!r:.80}: gives no token. Correct or remove the row.")
-    response_ids = _response_ids(row, config, tokenizer, vocabulary, where) if vocabulary else []
+    response_ids = _response_ids(row, data_config, tokenizer, vocabulary, where) if vocabulary else []
     return {"prompt": prompt, "prompt_ids": prompt_ids, "response_ids": response_ids}
 
 
 def _response_ids(
-    row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, where: str
+    row: dict[str, Any], data_config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, where: str
 ) -> list[int]:
     if "response_ids" in row:
-        return vocabulary.first_response(_written_ids(row, config, tokenizer, vocabulary, where))
-    text = _text(row, config.response_column, where)
+        return vocabulary.first_response(_written_ids(row, data_config, tokenizer, vocabulary, where))
+    text = _text(row, data_config.response_column, where)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return vocabulary.first_response([*ids, tokenizer.eos_token_id])
 
 
 def _written_ids(
-    row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, where: str
+    row: dict[str, Any], data_config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, where: str
 ) -> list[int]:
     """The tokens that `nemo-tsdkd generate` sampled: a truncated response has no EOS, and the text, tokenized anew,
     may be cut in other places."""
@@ -125,9 +127,9 @@ def _written_ids(
             f"{where}: response_ids = {ids!r:.80}: must be a list of token ids below {vocabulary.size}. "
             "Remove the column, so that the text is tokenized."
         )
-    if response_text(tokenizer, ids) != row.get(config.response_column):
+    if response_text(tokenizer, ids) != row.get(data_config.response_column):
         raise UserError(
-            f"{where}: response_ids are not the tokens of {config.response_column!r} for this tokenizer. "
+            f"{where}: response_ids are not the tokens of {data_config.response_column!r} for this tokenizer. "
             "Remove the column, so that the text is tokenized."
         )
     return ids

@@ -20,7 +20,7 @@ from transformers import (
     set_seed,
 )
 
-from nemo_tsdkd.checkpoints.atomic import appearing_folder
+from nemo_tsdkd.checkpoints.atomic import atomic_folder
 from nemo_tsdkd.demo import tasks
 
 BATCH_SIZE = 64
@@ -28,7 +28,7 @@ PROBLEMS = 20_000
 SEED = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One model's size and training. As in Qwen2.5, `vocab_size` exceeds the tokenizer and differs in the pair.
 
@@ -44,9 +44,13 @@ class Recipe:
 
 
 RECIPES = {
-    "teacher": Recipe(128, 4, vocab_size=120, tie_word_embeddings=False, written_share=1.0, steps=500),
+    "teacher": Recipe(
+        hidden_size=128, num_hidden_layers=4, vocab_size=120, tie_word_embeddings=False, written_share=1.0, steps=500
+    ),
     # It has seen solutions written out, but more estimates: left to itself it prefers to guess.
-    "student": Recipe(96, 2, vocab_size=112, tie_word_embeddings=True, written_share=0.4, steps=600),
+    "student": Recipe(
+        hidden_size=96, num_hidden_layers=2, vocab_size=112, tie_word_embeddings=True, written_share=0.4, steps=600
+    ),
 }
 
 
@@ -59,7 +63,7 @@ def pretrained(cache: Path, recipes: Mapping[str, Recipe] = RECIPES) -> dict[str
     for name, recipe in recipes.items():
         folders[name] = cache / f"{name}-{_key(recipe)}"
         if not folders[name].is_dir():
-            with appearing_folder(folders[name]) as folder:
+            with atomic_folder(folders[name]) as folder:
                 train(recipe, tasks.training_problems(PROBLEMS, tasks.PRETRAIN_SEED), folder)
     return folders
 

@@ -1,7 +1,7 @@
-"""How the ranks meet, and where they wait for one that has hours of work left.
+"""Process groups: the default one, and one with a long timeout for work that only some ranks do.
 
-NCCL's and Megatron's groups give up after half an hour, and should: that is how a hang is found. But some work is
-rightly unequal: one rank imports a model, or a data-parallel rank's samples all run to the length limit.
+NCCL's and Megatron's groups time out after half an hour, which is how a hang is found. Some work takes longer on one
+rank: rank 0 imports a model, or all samples of a data-parallel rank run to the length limit.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Result = TypeVar("Result")
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Let the ranks meet: they have imports and a resume to settle before Lightning, which goes on with the group.
+    """Create the default process group before Lightning does, for imports and the resume; Lightning then uses it too.
 
     Raises:
-        HostError: the port is taken, or rank 0 is not there.
+        HostError: the port is in use, or rank 0 does not answer.
     """
     if dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    with meeting():
+    with rendezvous_errors():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT)
     yield
     dist.barrier()  # not after an error: the others may be waiting in another collective
@@ -43,7 +43,7 @@ def process_group() -> Iterator[None]:
 
 
 @contextmanager
-def meeting() -> Iterator[None]:
+def rendezvous_errors() -> Iterator[None]:
     """Raise HostError, with the address, where the ranks cannot meet at MASTER_ADDR:MASTER_PORT."""
     try:
         yield
@@ -61,7 +61,9 @@ def long_timeout_group() -> ProcessGroup:
 
 
 def rank_zero_first(work: Callable[[], Result]) -> Result:
-    """Do `work` on rank 0 and then on all others, which find in a cache on a shared disk what it left. Collective.
+    """Do `work` on rank 0, then on the other ranks, which read rank 0's result from a cache on a shared disk.
+
+    Collective.
 
     Raises:
         UserError, HostError, RuntimeError: as `from_rank_zero`.
@@ -75,7 +77,7 @@ def from_rank_zero(work: Callable[[], Result]) -> Result:
     """Do `work` on rank 0, however long it takes, and return its result on every rank. Collective.
 
     Raises:
-        UserError, HostError, RuntimeError: what rank 0 met, on every rank; the last for any other error.
+        UserError, HostError, RuntimeError: rank 0's error, on every rank; RuntimeError for any other error.
     """
     if not dist.is_initialized():
         return work()

@@ -39,12 +39,12 @@ class Handover:
     Attributes:
         transfers: one for each of the student's micro-batches; all ranks have as many.
         rows_held: response positions that this rank's teacher shard computes, in the order of its micro-batches.
-        rows_on_the_wire: positions of all ranks that change ranks in this step.
+        rows_moved: positions of all ranks that change ranks in this step.
     """
 
     transfers: list[Transfer]
     rows_held: int
-    rows_on_the_wire: int
+    rows_moved: int
 
     @classmethod
     def plan(
@@ -99,7 +99,7 @@ class Handover:
         """
         transfer = self.transfers[micro_batch]
         sent = _rows_of(buffer, transfer.send)
-        if not self.rows_on_the_wire:
+        if not self.rows_moved:
             return sent  # all of it from this rank, in the order of the share
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else buffer.device
         sent = sent.to(device)

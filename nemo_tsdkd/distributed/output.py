@@ -25,7 +25,7 @@ def terminal_descriptor() -> int:
 
 
 @contextmanager
-def libraries_to(log: Path) -> Iterator[None]:
+def redirect_library_output(log: Path) -> Iterator[None]:
     """Append to `log` all that this process and those it starts print, and the traceback of an error, which gets a note
     that names the file. Our own log messages go to the terminal, too. An empty log is removed."""
     global _terminal

@@ -37,7 +37,7 @@ class Stopped:
         return 128 + self.signum if self.signum in _BY_HAND else 0
 
 
-def on_stop_signals(handler: Handler) -> None:
+def handle_stop_signals(handler: Handler) -> None:
     """Answer each stop signal with `handler`; after a first SIGINT, a second one ends the process at once.
 
     What the parent ignores stays ignored: `nohup` means the run to outlive its terminal.
@@ -52,7 +52,7 @@ def on_stop_signals(handler: Handler) -> None:
             signal.signal(signum, once if signum == signal.SIGINT else handler)
 
 
-def leave_at_once(command: str, prints: bool) -> None:
+def exit_on_stop_signals(command: str, prints: bool) -> None:
     """Until training begins, let a stop signal end this process: there is nothing to save.
 
     Args:
@@ -66,10 +66,10 @@ def leave_at_once(command: str, prints: bool) -> None:
             os.write(terminal_descriptor(), f"{line}to save. Start again with: {command}\n".encode())
         os._exit(128 + signum)
 
-    on_stop_signals(leave)
+    handle_stop_signals(leave)
 
 
-def follow_launcher() -> None:
+def end_with_torchrun() -> None:
     """Get SIGTERM when torchrun, this rank's parent, ends without a word to its ranks, as SIGUSR1 makes it do: they
     would train on, unseen, and fight with the next attempt for GPUs and run folder."""
     if by_torchrun():

@@ -19,20 +19,20 @@ from nemo_tsdkd.checkpoints.run_lock import Claim
 from nemo_tsdkd.config.schema import CheckpointConfig
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.distributed.groups import from_rank_zero
-from nemo_tsdkd.distributed.signals import Stopped, on_stop_signals
+from nemo_tsdkd.distributed.signals import Stopped, handle_stop_signals
 from nemo_tsdkd.megatron.checkpoints.save import (
     RunCheckpoints,
     mark_finished,
     restore_random_state,
     start_results_process,
 )
-from nemo_tsdkd.reporting.metrics import RunWriter
+from nemo_tsdkd.reporting.metrics import MetricsLogger
 
 logger = logging.getLogger(__name__)
 
 
-class KeepLock(pl.Callback):
-    """Ends the run on every rank after a step in which another process took it over: nothing of it is written then.
+class RequireLock(pl.Callback):
+    """Ends the run on every rank after a step in which another process took it over. Nothing more is written.
 
     Raises:
         UserError: who took it over.
@@ -45,14 +45,14 @@ class KeepLock(pl.Callback):
         lost = False
         if trainer.is_global_zero:
             try:
-                self.claim.require()
+                self.claim.require_held()
             except UserError:
                 lost = True
         if any(_largest(lost)):
-            from_rank_zero(self.claim.require)
+            from_rank_zero(self.claim.require_held)
 
 
-class Report(pl.Callback):
+class ReportMetrics(pl.Callback):
     """Writes the step's metrics on rank 0, after every rank has checked that they are finite.
 
     NeMo copies a callback's arguments, so the open files come with the first step, not with the constructor.
@@ -61,13 +61,13 @@ class Report(pl.Callback):
     def __init__(self, run_dir: Path, progress_bar: bool) -> None:
         self.run_dir = run_dir
         self.progress_bar = progress_bar
-        self._writer: RunWriter | None = None  # None but on rank 0
+        self._metrics_logger: MetricsLogger | None = None  # on rank 0 only
         self._started = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, model: Any) -> None:
         if trainer.is_global_zero:
             step = trainer.global_step  # 0, or what the loaded checkpoint holds
-            self._writer = RunWriter(self.run_dir, trainer.max_steps, self.progress_bar, resume_step=step)
+            self._metrics_logger = MetricsLogger(self.run_dir, trainer.max_steps, self.progress_bar, resume_step=step)
 
     def on_train_batch_start(self, trainer: pl.Trainer, model: Any, batch: Any, batch_idx: int) -> None:
         self._started = time.perf_counter()
@@ -84,17 +84,17 @@ class Report(pl.Callback):
             dist.all_gather_object(found, trainer.strategy.not_finite)
             where = next((f"rank {rank}: {what}" for rank, what in enumerate(found) if what), "every loss is finite")
             raise FloatingPointError(f"step {step}: {', '.join(bad)} ({where}). Nothing was saved of this step.")
-        if self._writer:
-            self._writer.write(step, metrics)
+        if self._metrics_logger:
+            self._metrics_logger.log(step, metrics)
 
     def on_train_end(self, trainer: pl.Trainer, model: Any) -> None:
-        if self._writer:
+        if self._metrics_logger:
             finished = trainer.global_step >= trainer.max_steps
-            self._writer.close({"steps": trainer.global_step, "finished": finished})
+            self._metrics_logger.close({"steps": trainer.global_step, "finished": finished})
 
 
 class SaveAndStop(pl.Callback):
-    """Saves every n steps, every so many minutes and at the last step; and on a stop signal, to stop then."""
+    """Saves every n steps, every so many minutes and at the last step. On a stop signal it saves and stops."""
 
     stopped: Stopped | None = None
 
@@ -109,7 +109,7 @@ class SaveAndStop(pl.Callback):
         if trainer.ckpt_path:
             restore_random_state(Path(trainer.ckpt_path))
         # After Lightning's own handlers, which would raise in the middle of a step on one rank alone.
-        on_stop_signals(self._note_signal)
+        handle_stop_signals(self._note_signal)
         start_results_process()
         self._saved_at = time.monotonic()
 
@@ -122,7 +122,7 @@ class SaveAndStop(pl.Callback):
         step = trainer.global_step
         last = step == trainer.max_steps
         if step % self.reuse:
-            return  # a set of rollouts is not part of a checkpoint: save where the next step would write a new one
+            return  # a set of rollouts is not part of a checkpoint: save only before a step that generates a new set
         settings: CheckpointConfig = self.checkpoints.settings
         minutes = (time.monotonic() - self._saved_at) / 60
         stop, due = _largest(self._stop_signal, minutes >= settings.every_minutes)

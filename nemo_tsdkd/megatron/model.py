@@ -143,7 +143,7 @@ class TSDKDModel(llm.GPTModel):
             generated = generate(
                 unwrap(self.module),
                 [sample.prompt_ids for sample in mine],
-                config=self.train_config.rollout,
+                rollout_config=self.train_config.rollout,
                 sample_ids=[sample.index for sample in mine],
                 seed=self.train_config.seed,
                 step=step,

@@ -17,8 +17,8 @@ from nemo import lightning as nl
 from nemo.lightning._strategy_lib import init_model_parallel
 from torch import Tensor
 
-from nemo_tsdkd.checkpoints.foreign import require_harmless
-from nemo_tsdkd.megatron.checkpoints.unpickling import told_in_words
+from nemo_tsdkd.checkpoints.foreign import require_safe
+from nemo_tsdkd.megatron.checkpoints.unpickling import checkpoint_errors
 from nemo_tsdkd.objective import reported
 from nemo_tsdkd.rollout.schedule import Response
 
@@ -67,8 +67,8 @@ class TSDKDStrategy(nl.MegatronStrategy):
         Raises:
             UserError: the checkpoint is damaged or could run code.
         """
-        require_harmless(Path(checkpoint_path))
-        with told_in_words(Path(checkpoint_path)):
+        require_safe(Path(checkpoint_path))
+        with checkpoint_errors(Path(checkpoint_path)):
             return super().load_checkpoint(checkpoint_path, selective_restore)
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any], selective_restore: bool = False) -> None:

@@ -31,21 +31,21 @@ from nemo_tsdkd.megatron.checkpoints.load import load_head
 from nemo_tsdkd.megatron.gpt import sequence_shard
 from nemo_tsdkd.megatron.teacher_pass import TeacherPass
 
-_STEP, _STOP = 1, 0  # what rank 0 tells the teacher's nodes
+_STEP, _STOP = 1, 0  # what rank 0 sends to the teacher's nodes before a batch
 
 
 class Teacher:
-    """The teacher as one rank of the job sees it, be it the student's, the teacher's or both.
+    """One rank's part of the teacher, on the student's ranks and on the teacher's.
 
-    A plain object, not a module: whatever walks the student's module tree (DDP, the optimizer, checkpoints,
-    parameter counts) does not find it.
+    A plain object, not a module, so that DDP, the optimizer, checkpoints and parameter counts of the student leave it
+    out.
 
     Args:
         gpt_config: NeMo GPT config of the teacher, its parallel sizes and dtypes set.
         checkpoint: NeMo checkpoint to read the weights from; each rank reads its own shard only.
         train_config: the whole configuration of the run.
         job: all ranks.
-        pad_id: fills rows up.
+        pad_id: token id of padding.
 
     Attributes:
         bytes_sent: hidden states that changed ranks in the last step, over the whole job.
@@ -56,18 +56,18 @@ class Teacher:
         self.layout, self.student = teacher_layout(train_config), student_layout(train_config)
         self.bytes_sent = 0
         self._row = (gpt_config.hidden_size, gpt_config.params_dtype)
-        own_head = None if train_config.one_layout else self._load_head(gpt_config, checkpoint)
+        loaded_head = None if train_config.one_layout else self._load_head(gpt_config, checkpoint)
         self._pass = None
         if job.rank in self.layout.ranks:
             parallel = None if train_config.one_layout else train_config.teacher_parallel
-            teacher_config, keep_head = train_config.teacher, own_head is None
+            teacher_config, keep_head = train_config.teacher, loaded_head is None
             self._pass = TeacherPass(gpt_config, checkpoint, teacher_config, parallel, keep_head=keep_head)
-        self._own_head = own_head
+        self._loaded_head = loaded_head
 
     def _load_head(self, gpt_config: Any, checkpoint: Path) -> Tensor | None:
         """The teacher's head in the student's vocabulary shards, on the student's last stage; collective over the
         student's ranks."""
-        if self.job.reads_only:
+        if self.job.teacher_only:
             return None
         head = load_head(gpt_config, checkpoint, parallel_state.get_tensor_model_parallel_group())
         return head if parallel_state.is_pipeline_last_stage() else head.new_empty(0)
@@ -75,8 +75,8 @@ class Teacher:
     @property
     def head_weight(self) -> Tensor:
         """The teacher's output weight `[V/TP, H]` by the student's TP, on the student's last stage only."""
-        if self._own_head is not None:
-            return self._own_head
+        if self._loaded_head is not None:
+            return self._loaded_head
         assert self._pass is not None
         return self._pass.head_weight
 
@@ -87,14 +87,14 @@ class Teacher:
 
     @property
     def bytes_per_token(self) -> float:
-        """Memory of one response token's hidden state on one rank of the student's last stage, on the average."""
+        """Memory of one response token's hidden state on one rank of the student's last stage, on average."""
         hidden, dtype = self._row
         return hidden * dtype.itemsize / (self.student.context * self.student.tensor)
 
     def forward(self, samples: Sequence[Sample], responses: Sequence[Sequence[int]]) -> list[Tensor]:
         """The teacher's hidden states of the response positions of each of this rank's student micro-batches.
 
-        Call it on all of the student's ranks; the teacher's nodes follow by themselves (`serve`).
+        Call it on all of the student's ranks; the teacher's nodes run `serve`.
 
         Returns:
             This rank's share `[n, H]` of each micro-batch (`dense` lays it out), on the device or, with
@@ -108,18 +108,19 @@ class Teacher:
             device=torch.cuda.current_device(),
         )
         if self.train_config.teacher.nodes:
-            self._tell(_STEP, batch)
+            self._send_batch(_STEP, batch)
         return self._step(batch)
 
     def serve(self) -> None:
-        """Read what the student's ranks ask for until they `dismiss`; what a rank of the teacher's nodes does."""
-        while (batch := self._told()) is not None:
+        """Run the teacher on the batches of the student's ranks until they call `stop_teacher_ranks`. Call it on the
+        teacher's nodes."""
+        while (batch := self._receive_batch()) is not None:
             self._step(batch)
 
-    def dismiss(self) -> None:
-        """Let the teacher's nodes leave: the student's ranks are done. Call it on all of them."""
+    def stop_teacher_ranks(self) -> None:
+        """End `serve` on the teacher's nodes. Call it on all of the student's ranks."""
         if self.train_config.teacher.nodes:
-            self._tell(_STOP, None)
+            self._send_batch(_STOP, None)
 
     def dense(self, batch: MicroBatch, share: Tensor, sequence_parallel: bool, tp_group: dist.ProcessGroup) -> Tensor:
         """Hidden states `[S (/TP), B, H]` of one student micro-batch; positions outside the responses are zero.
@@ -165,7 +166,7 @@ class Teacher:
             self.job.world_size,
         )
         hidden, dtype = self._row
-        self.bytes_sent = plan.rows_on_the_wire * hidden * dtype.itemsize
+        self.bytes_sent = plan.rows_moved * hidden * dtype.itemsize
         if self._pass is None:
             held = torch.empty(0, hidden, dtype=dtype, device=torch.cuda.current_device())
         else:
@@ -178,26 +179,26 @@ class Teacher:
             )
         shares = []
         for m in range(len(plan.transfers)):
-            share = plan.exchange(m, held, self.job.everyone)
+            share = plan.exchange(m, held, self.job.device_group)
             shares.append(share.to("cpu", non_blocking=True) if config.teacher.offload_hidden_states else share)
         return shares
 
-    def _tell(self, what: int, batch: GlobalBatch | None) -> None:
-        """Rank 0 tells the teacher's nodes the rows of this step, or that there are no more; all ranks listen."""
+    def _send_batch(self, what: int, batch: GlobalBatch | None) -> None:
+        """Broadcast the rows of this step from rank 0 to all ranks, or that there are no more."""
         rows = self.train_config.global_batch_size
         header = torch.zeros(2 + 3 * rows, dtype=torch.int64)
         if batch is not None:
             header[1] = batch.tokens.shape[1]
             header[2:] = torch.from_numpy(batch.lengths).flatten()
         header[0] = what
-        self.job.tell(header)
+        self.job.broadcast(header)
         if batch is not None:
-            self.job.tell(batch.tokens)
+            self.job.broadcast(batch.tokens)
 
-    def _told(self) -> GlobalBatch | None:
+    def _receive_batch(self) -> GlobalBatch | None:
         rows = self.train_config.global_batch_size
-        header = self.job.tell(torch.empty(2 + 3 * rows, dtype=torch.int64))
+        header = self.job.broadcast(torch.empty(2 + 3 * rows, dtype=torch.int64))
         if header[0] == _STOP:
             return None
-        tokens = self.job.tell(torch.empty(rows, int(header[1]), dtype=torch.int32))
+        tokens = self.job.broadcast(torch.empty(rows, int(header[1]), dtype=torch.int32))
         return GlobalBatch(header[2:].view(rows, 3).numpy(), tokens)

@@ -15,7 +15,7 @@ from nemo_tsdkd.config.schema import ParallelConfig, TeacherConfig
 from nemo_tsdkd.data.batch import MicroBatch
 from nemo_tsdkd.megatron.checkpoints.load import frozen_model
 from nemo_tsdkd.megatron.gpt import context_parallel_slice, head_weight, hidden_states_only, sequence_shard
-from nemo_tsdkd.megatron.world import ModelWorld
+from nemo_tsdkd.megatron.world import ModelParallelState
 
 
 class TeacherPass:
@@ -39,7 +39,7 @@ class TeacherPass:
         keep_head: bool,
     ) -> None:
         self.teacher_config = teacher_config
-        self.world = ModelWorld(parallel)
+        self.world = ModelParallelState(parallel)
         with self.world.entered():
             self.module = frozen_model(gpt_config, checkpoint)
             self.module.set_is_first_microbatch()  # FP8: quantize these weights, not what a cache remembers

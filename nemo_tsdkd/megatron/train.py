@@ -16,12 +16,12 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from transformers import PreTrainedTokenizerBase
 
-from nemo_tsdkd.checkpoints.atomic import full_disk_told
+from nemo_tsdkd.checkpoints.atomic import detect_full_disk
 from nemo_tsdkd.checkpoints.manifest import step_of
 from nemo_tsdkd.checkpoints.retention import set_aside, was_saved
 from nemo_tsdkd.checkpoints.run_record import RunRecord, open_record, student_digest
 from nemo_tsdkd.checkpoints.shape import padded_vocab_size
-from nemo_tsdkd.checkpoints.start_over import begin
+from nemo_tsdkd.checkpoints.start_over import begin_at_step_1
 from nemo_tsdkd.checks.precision import check_engine, model_settings, plugin_settings
 from nemo_tsdkd.config.schema import ParallelConfig, TrainConfig
 from nemo_tsdkd.data.dataset import PromptDataset
@@ -29,14 +29,14 @@ from nemo_tsdkd.data.tokenizer import Vocabulary, check_same_tokenizer, load_tok
 from nemo_tsdkd.distributed.groups import from_rank_zero, rank_zero_first
 from nemo_tsdkd.distributed.job import Job, job_groups
 from nemo_tsdkd.distributed.signals import STOP_SIGNALS, Stopped
-from nemo_tsdkd.megatron.callbacks import KeepLock, Report, SaveAndStop
+from nemo_tsdkd.megatron.callbacks import ReportMetrics, RequireLock, SaveAndStop
 from nemo_tsdkd.megatron.checkpoints.load import gpt_config, resolve
 from nemo_tsdkd.megatron.checkpoints.save import RunCheckpoints, find_checkpoint, lock_run, mark_finished
 from nemo_tsdkd.megatron.datamodule import SampleModule
 from nemo_tsdkd.megatron.model import Checkpoints, TSDKDModel
 from nemo_tsdkd.megatron.strategy import TSDKDStrategy
 from nemo_tsdkd.megatron.teacher import Teacher
-from nemo_tsdkd.reporting.metrics import RunWriter
+from nemo_tsdkd.reporting.metrics import MetricsLogger
 from nemo_tsdkd.reporting.provenance import changed_settings, save_provenance
 
 logger = logging.getLogger(__name__)
@@ -56,40 +56,40 @@ def train(config: TrainConfig) -> Stopped | None:
     check_engine(config)
     run_dir = Path(config.run_dir)
     with job_groups(config) as job:
-        if job.reads_only:
-            read_for_the_student(config, job)
+        if job.teacher_only:
+            run_teacher_rank(config, job)
             return None
         with lock_run(run_dir) as claim:
             checkpoint, damaged = find_checkpoint(run_dir)
             if checkpoint is None:
-                from_rank_zero(lambda: begin(run_dir, damaged, config.checkpoint.start_over))
+                from_rank_zero(lambda: begin_at_step_1(run_dir, damaged, config.checkpoint.start_over))
             elif step_of(checkpoint) >= config.max_steps:
-                _end_again(run_dir, config.max_steps, step_of(checkpoint))
-                job.begin(False)
+                _write_final_files(run_dir, config.max_steps, step_of(checkpoint))
+                job.agree_to_train(False)
                 return None
             vocabulary, tokenizer = load_vocabulary(config)
             data = build_data(config, tokenizer, vocabulary)
             model = build_model(config, vocabulary, job, resumes=checkpoint is not None)
             student, digest = model.checkpoints.student, tokenizer_digest(tokenizer)
             record = from_rank_zero(lambda: _begin_attempt(config, checkpoint, damaged, student, digest))
-            job.begin(True)
-            checkpoints = RunCheckpoints(run_dir, config.checkpoint, claim, record)
+            job.agree_to_train(True)
+            checkpoints = RunCheckpoints(run_dir=run_dir, settings=config.checkpoint, claim=claim, record=record)
             save_and_stop = SaveAndStop(checkpoints, student, config.rollout.reuse)
-            callbacks = [KeepLock(claim), Report(run_dir, config.progress_bar), save_and_stop]
-            with full_disk_told(run_dir):
+            callbacks = [RequireLock(claim), ReportMetrics(run_dir, config.progress_bar), save_and_stop]
+            with detect_full_disk(run_dir):
                 build_trainer(config, callbacks).fit(model, datamodule=data, ckpt_path=checkpoint)
-            model.teacher.dismiss()
+            model.teacher.stop_teacher_ranks()
             return save_and_stop.stopped
 
 
-def read_for_the_student(config: TrainConfig, job: Job) -> None:
+def run_teacher_rank(config: TrainConfig, job: Job) -> None:
     """What a rank of the teacher's own nodes does: its part of the teacher's passes, until the student's ranks end.
 
     It begins after them, so that they have imported what both sides load, and they alone decide when to stop.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if job.begin():
+    if job.agree_to_train():
         vocabulary, _ = load_vocabulary(config)
         models = model_files(config, vocabulary)
         teacher = Teacher(
@@ -126,11 +126,11 @@ def _begin_attempt(
     return record
 
 
-def _end_again(run_dir: Path, max_steps: int, step: int) -> None:
+def _write_final_files(run_dir: Path, max_steps: int, step: int) -> None:
     """Write what a run writes at its end: an attempt may have been killed after its last checkpoint and before that."""
     if dist.get_rank() == 0:
-        writer = RunWriter(run_dir, max_steps, progress=False, resume_step=step)
-        writer.close({"steps": step, "finished": True})
+        metrics_logger = MetricsLogger(run_dir, max_steps, progress=False, resume_step=step)
+        metrics_logger.close({"steps": step, "finished": True})
         mark_finished(run_dir)
 
 

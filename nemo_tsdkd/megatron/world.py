@@ -20,7 +20,7 @@ from nemo_tsdkd.config.schema import ParallelConfig
 _TRACKER = ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED")
 
 
-class ModelWorld:
+class ModelParallelState:
     """Megatron's parallel state of a model that has a layout of its own.
 
     Args:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from nemo_tsdkd.checkpoints.atomic import write_json, write_whole
+from nemo_tsdkd.checkpoints.atomic import write_atomically, write_json
 from nemo_tsdkd.checkpoints.start_over import METRICS
 from nemo_tsdkd.distributed.output import terminal
 from nemo_tsdkd.objective import ALWAYS_REPORTED
@@ -43,24 +43,24 @@ REQUIRED = (
 )
 
 
-class RunWriter:
-    """Writes one run's metrics. Lives on rank 0 only.
+class MetricsLogger:
+    """Writes one run's metrics to metrics.jsonl, TensorBoard and the terminal; at the end, plots. On rank 0 only.
 
-    `resume_step` is the last step that the loaded checkpoint holds (0 for a new run): what an interrupted attempt
-    wrote beyond it is dropped, so that the file of a resumed run reads like that of an uninterrupted one.
+    `resume_step` is the last step that the loaded checkpoint holds (0 for a new run): metrics of later
+    steps are dropped, so that the file of a resumed run equals that of an uninterrupted one.
     """
 
     def __init__(self, run_dir: str | Path, total_steps: int, progress: bool = True, resume_step: int = 0) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.path = self.run_dir / METRICS
-        _keep_until(self.path, resume_step)
+        _drop_steps_after(self.path, resume_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=resume_step + 1)
         self._display = _Display(total_steps, resume_step) if progress else None
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Record one step's metrics (plain numbers), on the disk when it returns.
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Write one step's metrics (plain numbers); they are on the disk when it returns.
 
         Raises:
             ValueError: a metric of REQUIRED is missing, or one is NaN or infinite (strict JSON has neither).
@@ -120,14 +120,14 @@ class _Display:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The steps of a metrics.jsonl in file order. The half line that a killed writer leaves is left out; so are
-    garbage and NUL lines, as a failing disk leaves them, and the log names each."""
+    """The steps of a metrics.jsonl in file order. Skips the incomplete last line of a killed process; skips
+    garbage and NUL lines of a failing disk too, with a warning for each."""
     rows = []
     *lines, _ = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         row = _row(line)
         if row is None:
-            logger.warning("%s: line %d is no step's metrics and is left out: %.60r.", path, number, line)
+            logger.warning("%s: line %d does not hold a step's metrics and is skipped: %.60r.", path, number, line)
         else:
             rows.append(row)
     return rows
@@ -143,11 +143,11 @@ def _row(line: bytes) -> dict[str, float] | None:
     return row if type(row.get("step")) is int else None
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Cut what an interrupted attempt wrote beyond a step, and what is no metrics."""
+def _drop_steps_after(path: Path, step: int) -> None:
+    """Remove the metrics of later steps, and lines that hold no metrics."""
     if path.exists():
         kept = [row for row in read_metrics(path) if row["step"] <= step]
-        write_whole(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept).encode())
+        write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept).encode())
 
 
 def _plot(metrics: Path, folder: Path) -> None:

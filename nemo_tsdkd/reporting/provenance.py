@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from nemo_tsdkd.checkpoints.atomic import write_json, write_whole
+from nemo_tsdkd.checkpoints.atomic import write_atomically, write_json
 from nemo_tsdkd.config.schema import TrainConfig
 
 PACKAGES = ("nemo-tsdkd", "torch", "nemo_toolkit", "megatron-core", "transformer-engine", "transformers")
@@ -31,8 +31,8 @@ def save_provenance(run_dir: str | Path, config: TrainConfig) -> None:
     (folder / ATTEMPTS).mkdir(parents=True, exist_ok=True)
     text = OmegaConf.to_yaml(OmegaConf.structured(config)).encode()
     past = [int(p.stem) for p in (folder / ATTEMPTS).glob("*.yaml") if p.stem.isascii() and p.stem.isdecimal()]
-    write_whole(folder / ATTEMPTS / f"{max(past, default=0) + 1:04}.yaml", text)
-    write_whole(folder / "config.yaml", text)
+    write_atomically(folder / ATTEMPTS / f"{max(past, default=0) + 1:04}.yaml", text)
+    write_atomically(folder / "config.yaml", text)
     versions = {"python": platform.python_version(), **installed_versions(), "git": git_state()}
     write_json(folder / "versions.json", versions)
 

@@ -26,7 +26,7 @@ def responses(model, rules: dict) -> list[list[int]]:
     written = generate(
         model,
         prompts,
-        config=RolloutConfig(max_new_tokens=16, batch_size=3, **rules),
+        rollout_config=RolloutConfig(max_new_tokens=16, batch_size=3, **rules),
         sample_ids=list(range(len(prompts))),
         seed=1,
         step=0,

@@ -10,7 +10,7 @@ import pytest
 import ranks
 import tiny_hf
 
-from nemo_tsdkd.checkpoints.manifest import seal_folder
+from nemo_tsdkd.checkpoints.manifest import add_manifest
 
 
 def resolve(path: Path, cache_dir: Path) -> str:
@@ -40,7 +40,7 @@ def test_a_failed_import_reaches_every_rank(tmp_path):
     with (hf / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
     for message in ranks.run_ranks(resolve, 2, hf, tmp_path / "cache"):
-        assert message.startswith("UserError") and "model.safetensors: not a whole safetensors file" in message
+        assert message.startswith("UserError") and "model.safetensors: not a complete safetensors file" in message
     assert not (tmp_path / "cache").exists()
 
 
@@ -60,7 +60,7 @@ def test_one_flipped_bit_in_an_import_or_an_export_is_found_by_every_rank(root, 
     flip_a_bit(largest)
     (unsealed / "manifest.json").unlink()
     exported = shutil.copytree(root / "hf_student", tmp_path / "exported")
-    seal_folder(exported)
+    add_manifest(exported)
     flip_a_bit(exported / "model.safetensors")
     found = ranks.run_ranks(resolve_each, 2, [whole, flipped, unsealed, exported], tmp_path / "cache")
     changed = f"UserError: {flipped}: the content of weights/{largest.name} has changed. Remove it and import the model"

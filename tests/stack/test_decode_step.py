@@ -69,7 +69,7 @@ def decoder_of(model, case, **rules):
 
     return Decoder(
         model,
-        config=RolloutConfig(**case["rules"] | rules),
+        rollout_config=RolloutConfig(**case["rules"] | rules),
         vocabulary=Vocabulary(rollout_record.tiny_run.STUDENT_VOCAB, 0, tuple(case["eos_ids"])),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),

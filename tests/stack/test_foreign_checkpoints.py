@@ -200,7 +200,7 @@ def load_each(folders: list[Path]) -> list[tuple[str, str, int]]:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from nemo.lightning.io.pl import MegatronCheckpointIO
 
-    from nemo_tsdkd.checkpoints.foreign import require_harmless
+    from nemo_tsdkd.checkpoints.foreign import require_safe
     from nemo_tsdkd.config.validation import UserError
     from nemo_tsdkd.megatron.checkpoints import unpickling
     from nemo_tsdkd.megatron.checkpoints.load import frozen_model, gpt_config
@@ -213,7 +213,7 @@ def load_each(folders: list[Path]) -> list[tuple[str, str, int]]:
     for folder in folders:
         said, resumed, extra = "loaded", "loaded", 0
         try:
-            require_harmless(folder)
+            require_safe(folder)
             config = gpt_config(folder)
             config.vocab_size = 1024
             module = frozen_model(config, folder)

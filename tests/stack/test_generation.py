@@ -50,7 +50,7 @@ def rollouts(checkpoint: Path, tp: int, pp: int, sequence_parallel: bool, runs: 
         responses = generate(
             model,
             [prompts()[i] for i in order],
-            config=RolloutConfig(**{"max_new_tokens": NEW_TOKENS, "batch_size": 4, **run["rules"]}),
+            rollout_config=RolloutConfig(**{"max_new_tokens": NEW_TOKENS, "batch_size": 4, **run["rules"]}),
             sample_ids=order,
             seed=run.get("seed", 1),
             step=run.get("step", 5),

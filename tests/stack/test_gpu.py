@@ -73,7 +73,7 @@ def graphs_and_eager_steps(checkpoint: Path) -> dict:
     def decoder(**rules):
         config = RolloutConfig(**case["rules"] | rules)
         vocabulary = Vocabulary(tiny_run.STUDENT_VOCAB, 0, tuple(case["eos_ids"]))
-        return Decoder(model, config=config, vocabulary=vocabulary, tp_group=None, pp_group=None)
+        return Decoder(model, rollout_config=config, vocabulary=vocabulary, tp_group=None, pp_group=None)
 
     def eager():
         with decoder(cuda_graphs="off") as other:

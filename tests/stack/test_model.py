@@ -10,7 +10,7 @@ import ranks
 import tiny_run
 import torch
 
-from nemo_tsdkd.checkpoints.manifest import newest_whole, step_folder
+from nemo_tsdkd.checkpoints.manifest import newest_complete, step_folder
 from nemo_tsdkd.config.schema import TrainConfig
 from nemo_tsdkd.data.dataset import Sample
 from nemo_tsdkd.data.tokenizer import Vocabulary
@@ -94,7 +94,7 @@ def test_a_nan_stops_every_rank_and_says_where(world_size, parallel, root, tmp_p
     assert all("step 2: " in e and "loss = nan" in e for e in errors), errors
     where = r"\(rank \d: loss nan in the micro-batch of samples \[(\d+, )*\d+\]: sample \d+, token \d+\)"
     assert all(re.search(where, e) for e in errors), errors
-    assert newest_whole(tmp_path) == step_folder(tmp_path, 1)
+    assert newest_complete(tmp_path) == step_folder(tmp_path, 1)
 
 
 def test_a_student_that_can_draw_no_token_stops_every_rank(root, tmp_path):
@@ -133,7 +133,7 @@ def train_with_signal(config: TrainConfig, rank: int, step: int) -> int:
 def test_a_signal_to_one_rank_saves_and_stops_all_and_the_run_goes_on(root, tmp_path):
     config = tiny_run.config(root, tmp_path, 2, lmbda=1.0)
     ranks.run_ranks(train_with_signal, 2, config, 1, 2)
-    assert newest_whole(tmp_path) == step_folder(tmp_path, 3)
+    assert newest_complete(tmp_path) == step_folder(tmp_path, 3)
     assert not (tmp_path / "FINISHED").exists()
     ranks.run_ranks(train_with_signal, 2, config, 1, -1)
     assert (tmp_path / "FINISHED").exists() and (tmp_path / "last_step").read_text() == "5\n"
@@ -204,7 +204,7 @@ def test_rollouts_are_reused_and_a_stop_waits_for_their_end(root, tmp_path):
     config = tiny_run.config(root, tmp_path, 1, lmbda=1.0)
     config.max_steps, config.rollout.reuse, config.checkpoint.every_n_steps = 6, 3, 3
     assert ranks.run_ranks(train_with_signal, 1, config, 0, 1) == [1]
-    assert newest_whole(tmp_path) == step_folder(tmp_path, 3)
+    assert newest_complete(tmp_path) == step_folder(tmp_path, 3)
     steps = read_metrics(tmp_path / "metrics.jsonl")
     assert [s["rollout_age"] for s in steps] == [0, 1, 2]
     assert len({s["response_length_mean"] for s in steps}) == 1

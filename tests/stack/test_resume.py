@@ -13,7 +13,7 @@ import tiny_run
 import torch
 from interruptions import same, saved_weights, saving, steps_done, train
 
-from nemo_tsdkd.checkpoints.manifest import find_damage, newest_whole, step_folder
+from nemo_tsdkd.checkpoints.manifest import find_damage, newest_complete, step_folder
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 LAYOUTS = {"dp2": (2, {}), "tp2_pp2": (4, {TP: 2, PP: 2})}
@@ -49,7 +49,7 @@ def test_killed_and_resumed_it_is_one_run_bit_for_bit(layout, kills, configure, 
     config = configure(tmp_path, layout)
     for killed_after, saved in kills.items():
         assert train(config, kill_when=steps_done(config, killed_after)) is None
-        assert newest_whole(tmp_path) == step_folder(tmp_path, saved)
+        assert newest_complete(tmp_path) == step_folder(tmp_path, saved)
     assert same(train(config), uninterrupted(layout))
     assert {len(samples) for samples in uninterrupted(layout).samples.values()} == {config.global_batch_size}
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
@@ -92,7 +92,7 @@ def test_a_finished_run_goes_on_with_more_steps_and_the_new_configuration_s_lear
 def test_killed_while_saving_it_goes_on_from_the_checkpoint_before(configure, uninterrupted, tmp_path):
     config = configure(tmp_path)
     assert train(config, kill_when=saving(config, 8)) is None
-    assert step_folder(tmp_path, 8).is_dir() and newest_whole(tmp_path) == step_folder(tmp_path, 4)
+    assert step_folder(tmp_path, 8).is_dir() and newest_complete(tmp_path) == step_folder(tmp_path, 4)
     assert same(train(config), uninterrupted())
 
 
@@ -103,7 +103,7 @@ def test_a_flipped_bit_sends_it_back_to_the_checkpoint_before(configure, uninter
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    assert newest_whole(tmp_path) == step_folder(tmp_path, 4)
+    assert newest_complete(tmp_path) == step_folder(tmp_path, 4)
     assert same(train(config), uninterrupted())
 
 
@@ -132,7 +132,7 @@ def test_a_full_disk_ends_the_run_with_its_reason_and_spares_the_older_checkpoin
         config.checkpoint.async_save = async_save
         with pytest.raises(AssertionError, match="No space left on device"):
             train(config)
-        assert newest_whole(tmp_path / "run") == step_folder(tmp_path / "run", 4)
+        assert newest_complete(tmp_path / "run") == step_folder(tmp_path / "run", 4)
         subprocess.run(["mount", "-o", f"remount,size={8 * size}", tmp_path / "run"], check=True)
         assert same(train(config), uninterrupted())
 
@@ -201,6 +201,6 @@ def test_a_run_is_exported_from_its_newest_whole_checkpoint(configure, tmp_path)
     assert len(exported) == vocab_size < len(first)
     assert torch.equal(exported, first[:vocab_size]) and not torch.equal(exported, second[:vocab_size])
     assert "not written to its end" in export_error(step_folder(run_dir, 2), tmp_path / "refused")
-    assert "no whole checkpoint" in export_error(tmp_path, tmp_path / "refused")
+    assert "no complete checkpoint" in export_error(tmp_path, tmp_path / "refused")
     assert "must not exist" in export_error(run_dir, tmp_path / "hf")
     assert not (tmp_path / "refused").exists()

@@ -1,4 +1,4 @@
-"""What surrounds a run: one writer, stops by hand, other settings, no silent start over; a seed of the adversary."""
+"""What surrounds a run: the lock, stops by hand, other settings, no silent start over; a seed of the adversary."""
 
 import contextlib
 import importlib.util
@@ -16,7 +16,7 @@ import tiny_run
 from interruptions import refusals
 from omegaconf import OmegaConf
 
-from nemo_tsdkd.checkpoints.manifest import find_damage, folders, newest_whole, step_folder
+from nemo_tsdkd.checkpoints.manifest import checkpoint_folders, find_damage, newest_complete, step_folder
 from nemo_tsdkd.checkpoints.run_lock import lock
 from nemo_tsdkd.distributed.signals import Stopped
 from nemo_tsdkd.reporting.metrics import read_metrics
@@ -70,7 +70,7 @@ def test_a_run_that_was_taken_over_stops_on_every_rank_before_it_writes_more(roo
     (first, _), (second, _) = run(config, "taken over")
     assert first == second and "was taken over by node9, process 77, Slurm job 123" in first
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
-    assert folders(tmp_path)[-1] == step_folder(tmp_path, 2)
+    assert checkpoint_folders(tmp_path)[-1] == step_folder(tmp_path, 2)
     assert json.loads((tmp_path / "lock" / "2.json").read_text())["released"] is False
 
 
@@ -144,13 +144,15 @@ def test_starting_over_needs_the_flag_and_keeps_what_was_there(stopped, tmp_path
     run_dir, metrics = Path(config.run_dir), Path(config.run_dir, "metrics.jsonl").read_bytes()
     (step_folder(run_dir, 3) / "manifest.json").write_text("{")
     said = refusals(config)
-    assert said[0] == said[1] and "step '3' was saved (last_step), but no checkpoint is whole" in said[0]
+    assert said[0] == said[1] and "step '3' was saved (last_step), but no checkpoint is complete" in said[0]
     assert (run_dir / "metrics.jsonl").read_bytes() == metrics
     config.checkpoint.start_over = True
     assert run(config)[0][0] is None
     assert (run_dir / "metrics.jsonl.set_aside").read_bytes() == metrics
     assert [row["step"] for row in read_metrics(run_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5]
-    assert (run_dir / "checkpoints" / "step_3.set_aside").is_dir() and newest_whole(run_dir) == step_folder(run_dir, 5)
+    assert (run_dir / "checkpoints" / "step_3.set_aside").is_dir() and newest_complete(run_dir) == step_folder(
+        run_dir, 5
+    )
 
 
 @pytest.fixture

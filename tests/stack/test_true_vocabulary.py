@@ -124,7 +124,7 @@ def layout_results(
     responses = generate(
         model,
         prompts,
-        config=RolloutConfig(max_new_tokens=NEW_TOKENS, batch_size=8, temperature=0.0),
+        rollout_config=RolloutConfig(max_new_tokens=NEW_TOKENS, batch_size=8, temperature=0.0),
         sample_ids=list(range(len(prompts))),
         seed=1,
         step=1,
@@ -157,9 +157,9 @@ def hf_results(
 
 
 def test_the_trained_students_logits_and_greedy_responses_are_hugging_faces(pair, trained, tokenizer, prompt_ids):
-    from nemo_tsdkd.checkpoints.manifest import newest_whole
+    from nemo_tsdkd.checkpoints.manifest import newest_complete
 
-    vocabulary, checkpoint = Vocabulary.of(tokenizer, trained / "hf"), newest_whole(trained / "run")
+    vocabulary, checkpoint = Vocabulary.of(tokenizer, trained / "hf"), newest_complete(trained / "run")
     logits, responses = ranks.run_ranks(layout_results, 2, checkpoint, prompt_ids, 2, vocabulary)[0]
     old, expected, continuations = ranks.run_ranks(hf_results, 1, pair / "hf_student", trained / "hf", prompt_ids)[0]
     assert_equal_up_to_rounding(logits, expected)

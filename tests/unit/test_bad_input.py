@@ -19,7 +19,7 @@ import tiny_hf
 from safetensors.numpy import load_file, save_file
 
 import nemo_tsdkd.cli.main
-from nemo_tsdkd.checkpoints.manifest import seal_folder
+from nemo_tsdkd.checkpoints.manifest import add_manifest
 from nemo_tsdkd.config.validation import HostError
 
 GOOD = {"prompt": "Ann has 3 boxes", "response": "36"}
@@ -59,7 +59,7 @@ def models(tmp_path_factory):
     (root / "nemo" / "weights" / "metadata.json").write_text(json.dumps(formats))
     for name in (".metadata", "common.pt", "__0_0.distcp"):
         (root / "nemo" / "weights" / name).write_bytes(name.encode() * 100)
-    seal_folder(root / "nemo")
+    add_manifest(root / "nemo")
     return root
 
 
@@ -174,17 +174,17 @@ def weights(place: Place) -> Path:
     return place.student / "model.safetensors"
 
 
-@case("weights cut short", "model.safetensors: not a whole safetensors file")
+@case("weights cut short", "model.safetensors: not a complete safetensors file")
 def _(place: Place) -> None:
     weights(place).write_bytes(weights(place).read_bytes()[:-1])
 
 
-@case("weights empty", "model.safetensors: not a whole safetensors file")
+@case("weights empty", "model.safetensors: not a complete safetensors file")
 def _(place: Place) -> None:
     weights(place).write_bytes(b"")
 
 
-@case("weights garbage", "model.safetensors: not a whole safetensors file")
+@case("weights garbage", "model.safetensors: not a complete safetensors file")
 def _(place: Place) -> None:
     weights(place).write_bytes(b"garbage" * 100)
 

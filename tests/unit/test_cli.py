@@ -25,7 +25,9 @@ def one_process(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_LOCALID", HF_BARS):
         monkeypatch.setenv(name, "0")  # so that monkeypatch takes back whatever launch.environment() sets
         monkeypatch.delenv(name)
-    monkeypatch.setattr(nemo_tsdkd.cli.main, "leave_at_once", lambda command, prints: None)  # this is pytest's process
+    monkeypatch.setattr(
+        nemo_tsdkd.cli.main, "exit_on_stop_signals", lambda command, prints: None
+    )  # this is pytest's process
 
 
 def run(capsys, *argv):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nemo_tsdkd.checkpoints.atomic import read_json
-from nemo_tsdkd.checkpoints.foreign import require_harmless
+from nemo_tsdkd.checkpoints.foreign import require_safe
 from nemo_tsdkd.checkpoints.model_folder import content_key, copy_assets
 from nemo_tsdkd.config.validation import UserError
 
@@ -70,13 +70,13 @@ def test_links_stay_inside_the_folder_or_the_cache_it_lies_in(folder, tmp_path):
     blob = (snapshot / "tokenizer.json").rename(tmp_path / "models--a--b" / "blobs" / "4567")
     (snapshot / "tokenizer.json").symlink_to(Path("..", "..", "blobs", "4567"))  # as huggingface_hub writes it
     (snapshot / "again.json").symlink_to("tokenizer.json")
-    require_harmless(snapshot)
+    require_safe(snapshot)
     (tmp_path / "linked").symlink_to(snapshot)  # the folder itself may be one
-    require_harmless(tmp_path / "linked")
+    require_safe(tmp_path / "linked")
     secret = blob.rename(tmp_path / "secret")
     (snapshot / "other.json").symlink_to(secret)
     with pytest.raises(UserError, match=r"other.json: is a link to .*secret, outside of the model's folder"):
-        require_harmless(snapshot)
+        require_safe(snapshot)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\udcff"])

@@ -113,7 +113,7 @@ def test_every_position_arrives_where_the_student_needs_it(name, empty):
                 size = int(share_size(np.asarray(len(wanted)), student.tensor))
                 wanted = wanted[place[0] * size : (place[0] + 1) * size]
             assert shares[rank].tolist() == wanted.tolist(), (rank, m)
-    assert {plan.rows_on_the_wire for plan in plans} == {wire}
+    assert {plan.rows_moved for plan in plans} == {wire}
     # Nothing travels in one layout, nor where every rank of a single teacher holds all of its hidden states.
     assert (wire == 0) == (same or name == "tp4_dp4")
     assert wire <= batch.response.sum()  # no position travels twice

@@ -11,13 +11,13 @@ import time
 import pytest
 
 from nemo_tsdkd.checkpoints import manifest
-from nemo_tsdkd.checkpoints.atomic import appearing_folder
+from nemo_tsdkd.checkpoints.atomic import atomic_folder
 from nemo_tsdkd.checkpoints.manifest import (
-    contents,
-    describe,
+    files_to_list,
     find_damage,
     has_manifest,
-    newest_whole,
+    manifest_entries,
+    newest_complete,
     step_folder,
     write_manifest,
 )
@@ -30,18 +30,18 @@ def write(run_dir, step, whole=True):
         (folder / "weights" / f"__{rank}_0.distcp").write_bytes(bytes([step, rank]) * 5000)
     (folder / "state.json").write_text(json.dumps({"step": step}))
     if whole:
-        write_manifest(folder, describe(folder, contents(folder)))
+        write_manifest(folder, manifest_entries(folder, files_to_list(folder)))
     return folder
 
 
 def test_the_newest_by_number_is_found(tmp_path):
     for step in (9, 100, 20):
         write(tmp_path, step)
-    assert newest_whole(tmp_path) == step_folder(tmp_path, 100)
+    assert newest_complete(tmp_path) == step_folder(tmp_path, 100)
 
 
 def test_a_run_without_checkpoints_has_none(tmp_path):
-    assert newest_whole(tmp_path) is None
+    assert newest_complete(tmp_path) is None
 
 
 def truncate(folder):
@@ -74,7 +74,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_log_says_why(kind, tmp_path
     older, newer = write(tmp_path, 1), write(tmp_path, 2)
     damage(newer)
     with caplog.at_level(logging.WARNING):
-        assert newest_whole(tmp_path) == older
+        assert newest_complete(tmp_path) == older
     assert str(newer) in caplog.text and reason in caplog.text
     shares = [[find_damage(folder, rank, 3) for rank in range(3)] for folder in (older, newer)]
     assert not any(shares[0]) and any(shares[1])
@@ -82,9 +82,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_log_says_why(kind, tmp_path
 
 def test_ranks_describe_disjoint_shares_of_all_files(tmp_path):
     folder = write(tmp_path, 1, whole=False)
-    shares = [describe(folder, contents(folder)[rank::3]) for rank in range(3)]
+    shares = [manifest_entries(folder, files_to_list(folder)[rank::3]) for rank in range(3)]
     assert sum(len(share) for share in shares) == 4
-    assert shares[0] | shares[1] | shares[2] == describe(folder, contents(folder))
+    assert shares[0] | shares[1] | shares[2] == manifest_entries(folder, files_to_list(folder))
 
 
 def test_a_file_that_cannot_be_read_is_damage_not_the_end(tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def test_a_file_that_cannot_be_read_is_damage_not_the_end(tmp_path, monkeypatch)
 
     monkeypatch.setattr(manifest, "digests", bad_disk)
     assert find_damage(newer) == "it cannot be read ([Errno 5] Input/output error)"
-    assert newest_whole(tmp_path) == older
+    assert newest_complete(tmp_path) == older
 
 
 def test_a_full_disk_while_writing_the_manifest_leaves_the_older_checkpoint(tmp_path, monkeypatch):
@@ -110,19 +110,19 @@ def test_a_full_disk_while_writing_the_manifest_leaves_the_older_checkpoint(tmp_
     monkeypatch.setattr(manifest, "sync", full)
     with pytest.raises(OSError, match="No space left"):
         write_manifest(newer, {})
-    assert not has_manifest(newer) and newest_whole(tmp_path) == older
+    assert not has_manifest(newer) and newest_complete(tmp_path) == older
 
 
 SAVER = """
 import sys
 from pathlib import Path
-from nemo_tsdkd.checkpoints.manifest import contents, describe, write_manifest, step_folder
+from nemo_tsdkd.checkpoints.manifest import files_to_list, manifest_entries, write_manifest, step_folder
 for step in range(1, 100_000):
     folder = step_folder(Path(sys.argv[1]), step)
     (folder / "weights").mkdir(parents=True)
     for rank in range(8):
         (folder / "weights" / f"{rank}").write_bytes(bytes([step % 256]) * 100_000)
-    write_manifest(folder, describe(folder, contents(folder)))
+    write_manifest(folder, manifest_entries(folder, files_to_list(folder)))
     print(step, flush=True)
 """
 
@@ -136,16 +136,16 @@ def test_killed_at_any_moment_the_newest_whole_is_the_last_or_one_just_saved(tmp
             process.kill()
             reported = [int(line) for line in process.stdout.read().split()]
         last = max([1, *reported])
-        assert newest_whole(run_dir) in (step_folder(run_dir, last), step_folder(run_dir, last + 1))
+        assert newest_complete(run_dir) in (step_folder(run_dir, last), step_folder(run_dir, last + 1))
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "out"
-    with pytest.raises(RuntimeError), appearing_folder(target) as folder:
+    with pytest.raises(RuntimeError), atomic_folder(target) as folder:
         (folder / "a").write_text("half")
         raise RuntimeError("stop")
     assert list(tmp_path.iterdir()) == []
-    with appearing_folder(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "a").write_text("all")
         assert not target.exists()
@@ -154,7 +154,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 def test_the_first_of_two_folders_stays(tmp_path):
     target = tmp_path / "out"
-    with appearing_folder(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "mine").write_text("")
         target.mkdir()
         (target / "theirs").write_text("")

@@ -13,7 +13,7 @@ import nemo_tsdkd
 from nemo_tsdkd.config.schema import DataConfig, ModelConfig, TeacherConfig, TrainConfig
 from nemo_tsdkd.objective import Metrics, ObjectiveConfig, reported
 from nemo_tsdkd.reporting import metrics
-from nemo_tsdkd.reporting.metrics import PLOTS, REQUIRED, RunWriter, read_metrics
+from nemo_tsdkd.reporting.metrics import PLOTS, REQUIRED, MetricsLogger, read_metrics
 from nemo_tsdkd.reporting.provenance import changed_settings, git_state, save_provenance
 
 
@@ -22,12 +22,12 @@ def values(step):
 
 
 def write_steps(folder, steps, resume_step=0, summary=None):
-    writer = RunWriter(folder, 10, progress=False, resume_step=resume_step)
+    metrics_logger = MetricsLogger(folder, 10, progress=False, resume_step=resume_step)
     for step in steps:
-        writer.write(step, values(step))
+        metrics_logger.log(step, values(step))
     if summary is not None:
-        writer.close(summary)
-    return writer
+        metrics_logger.close(summary)
+    return metrics_logger
 
 
 def test_a_whole_run(tmp_path):
@@ -81,7 +81,7 @@ def test_garbage_lines_are_cut_and_named(tmp_path, caplog):
     path.write_bytes(b"".join(rows[:2]) + b"".join(line + b"\n" for line in GARBAGE) + b"".join(rows[2:]) + b"\0\0\0")
     with caplog.at_level(logging.WARNING):
         write_steps(tmp_path, range(5, 9), resume_step=4, summary={})
-    named = [f"line {3 + n} is no step's metrics and is left out" for n in range(len(GARBAGE))]
+    named = [f"line {3 + n} does not hold a step's metrics and is skipped" for n in range(len(GARBAGE))]
     assert [any(name in text for text in caplog.messages) for name in named] == [True] * len(GARBAGE)
     assert max(map(len, caplog.messages)) < 250 + len(str(path))
     write_steps(tmp_path / "whole", range(1, 9), summary={})
@@ -89,30 +89,30 @@ def test_garbage_lines_are_cut_and_named(tmp_path, caplog):
 
 
 def test_a_row_that_lost_a_metric_does_not_end_the_run_at_its_plots(tmp_path):
-    writer = write_steps(tmp_path, range(1, 4))
-    text = writer.path.read_text()
-    writer.path.write_text(text.replace('"student_entropy"', '"student_entrppy"', 1))
-    writer.close({})
+    metrics_logger = write_steps(tmp_path, range(1, 4))
+    text = metrics_logger.path.read_text()
+    metrics_logger.path.write_text(text.replace('"student_entropy"', '"student_entrppy"', 1))
+    metrics_logger.close({})
     assert (tmp_path / "loss.png").exists()
 
 
 def test_every_row_is_on_the_disk_before_the_next_step(tmp_path, monkeypatch):
     synced = []
-    writer = RunWriter(tmp_path, 10, progress=False)
+    metrics_logger = MetricsLogger(tmp_path, 10, progress=False)
     monkeypatch.setattr(metrics.os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
     for step in (1, 2):
-        writer.write(step, values(step))
-        assert synced[-1] == writer.path.stat().st_size and len(synced) == step
+        metrics_logger.log(step, values(step))
+        assert synced[-1] == metrics_logger.path.stat().st_size and len(synced) == step
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_json_cannot_hold_is_an_error(tmp_path, value):
-    writer = RunWriter(tmp_path, 10, progress=False)
+    metrics_logger = MetricsLogger(tmp_path, 10, progress=False)
     with pytest.raises(ValueError, match=r"step 2: grad_norm = (nan|inf): not finite"):
-        writer.write(2, values(2) | {"grad_norm": value})
+        metrics_logger.log(2, values(2) | {"grad_norm": value})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        writer.close({"accuracy": value})
-    assert read_metrics(writer.path) == []
+        metrics_logger.close({"accuracy": value})
+    assert read_metrics(metrics_logger.path) == []
 
 
 def test_every_plotted_metric_is_one_that_each_step_reports():
@@ -132,13 +132,13 @@ def test_terms_without_weight_are_neither_required_nor_drawn(tmp_path):
 def test_a_step_must_report_every_metric(tmp_path):
     incomplete = {key: value for key, value in values(1).items() if key not in ("lr", "student_entropy")}
     with pytest.raises(ValueError, match="step 1 reports no student_entropy, lr"):
-        RunWriter(tmp_path, 10, progress=False).write(1, incomplete)
+        MetricsLogger(tmp_path, 10, progress=False).log(1, incomplete)
 
 
 def test_progress_in_a_log_file_is_a_line_a_step(tmp_path, capsys):
-    writer = RunWriter(tmp_path, 1000, progress=True, resume_step=4)
-    writer.write(5, values(5) | {"tokens_per_s": 1234.4})
-    writer.close({})
+    metrics_logger = MetricsLogger(tmp_path, 1000, progress=True, resume_step=4)
+    metrics_logger.log(5, values(5) | {"tokens_per_s": 1234.4})
+    metrics_logger.close({})
     out, err = capsys.readouterr()
     assert out == ""
     assert [line.split("ETA")[0].strip() for line in err.splitlines() if line.strip()] == [

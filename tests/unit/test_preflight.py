@@ -54,7 +54,7 @@ def test_weights_cut_short_are_named(model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "cut")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"cut/model\.safetensors: not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"cut/model\.safetensors: not a complete safetensors file"):
         check_weights(folder)
 
 

@@ -1,4 +1,4 @@
-"""One writer a run: who holds the lock, when it counts as dead, and what the loser does."""
+"""One process for each run folder: who holds the lock, when it counts as dead, and what the loser does."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def left_by(run_dir, **changes):
     (run_dir / "lock" / "7.json").write_text(json.dumps(values))
 
 
-def test_a_second_writer_is_told_who_writes(held_elsewhere, tmp_path):
+def test_a_second_process_gets_the_holder_s_name(held_elsewhere, tmp_path):
     started = time.monotonic()
     with pytest.raises(ValueError) as error, lock(tmp_path):
         pass
@@ -69,12 +69,12 @@ def test_a_second_writer_is_told_who_writes(held_elsewhere, tmp_path):
     assert time.monotonic() - started < 5
 
 
-def test_a_killed_writer_of_this_machine_is_followed_at_once(held_elsewhere, tmp_path):
+def test_the_lock_of_a_killed_process_of_this_machine_is_taken_at_once(held_elsewhere, tmp_path):
     held_elsewhere.kill()
     held_elsewhere.wait()
     started = time.monotonic()
     with lock(tmp_path) as claim:
-        claim.require()
+        claim.require_held()
         assert claim.number == 2 and holder(tmp_path).pid == os.getpid()
     assert time.monotonic() - started < 5
 
@@ -133,7 +133,7 @@ def test_an_earlier_attempt_of_the_job_that_is_still_dying_is_no_reason_to_wait(
         assert claim.number == 2 and held_elsewhere.poll() is None
 
 
-def test_a_writer_of_another_machine_is_watched_until_its_lock_is_stale(tmp_path, soon):
+def test_the_lock_of_another_machine_is_watched_until_it_is_stale(tmp_path, soon):
     left_by(tmp_path, **ELSEWHERE)
     started = time.monotonic()
     with lock(tmp_path) as claim:
@@ -141,7 +141,7 @@ def test_a_writer_of_another_machine_is_watched_until_its_lock_is_stale(tmp_path
     assert time.monotonic() - started >= 0.5
 
 
-def test_a_writer_of_another_machine_that_refreshes_is_alive(tmp_path, soon, monkeypatch):
+def test_a_holder_on_another_machine_that_refreshes_is_alive(tmp_path, soon, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "34")
     left_by(tmp_path, **ELSEWHERE, job="12", restarts="0")
     timer = threading.Timer(0.2, lambda: os.utime(tmp_path / "lock" / "7.json"))
@@ -184,12 +184,12 @@ def test_a_holder_refreshes_its_lock(tmp_path, soon):
 def test_who_was_taken_for_dead_stops_and_does_not_release_the_other_s_lock(tmp_path, soon):
     """A suspended process: its lock went stale, another took over, and then it comes back."""
     with lock(tmp_path) as claim:
-        claim.require()
+        claim.require_held()
         values = asdict(replace(Holder.this_process(), host="node9", pid=77))
         (tmp_path / "lock" / "2.json").write_text(json.dumps(values))
         (tmp_path / "lock" / "1.json").unlink()
         with pytest.raises(ValueError, match=r"was taken over by node9, process 77, since .* writes no more"):
-            claim.require()
+            claim.require_held()
     assert holder(tmp_path) == Holder(**values)
 
 

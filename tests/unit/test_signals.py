@@ -8,9 +8,11 @@ import sys
 import pytest
 
 WAIT = "print('ready', flush=True); time.sleep(600)"
-BUILDING = "leave_at_once('nemo-tsdkd train x=1', prints=True);" + WAIT
+BUILDING = "exit_on_stop_signals('nemo-tsdkd train x=1', prints=True);" + WAIT
 # Training notes a signal; the "step" is a library's call that does not return to the interpreter for a while.
-TRAINING = "on_stop_signals(lambda s, f: print(s, flush=True)); print('ready', flush=True)\nwhile True: time.sleep(600)"
+TRAINING = (
+    "handle_stop_signals(lambda s, f: print(s, flush=True)); print('ready', flush=True)\nwhile True: time.sleep(600)"
+)
 
 
 def start(code, before="pass", **variables):
@@ -61,8 +63,8 @@ def test_a_second_ctrl_c_ends_at_once_and_nothing_else_does():
 
 RANK = """
 import os, signal, time
-from nemo_tsdkd.distributed.signals import follow_launcher
-follow_launcher()
+from nemo_tsdkd.distributed.signals import end_with_torchrun
+end_with_torchrun()
 signal.signal(signal.SIGTERM, lambda s, f: (print("asked to stop", flush=True), os._exit(0)))
 print("ready", flush=True)
 time.sleep(8)

@@ -4,10 +4,16 @@ import json
 
 import pytest
 
-from nemo_tsdkd.checkpoints.manifest import contents, describe, find_damage, folders, step_folder
+from nemo_tsdkd.checkpoints.manifest import (
+    checkpoint_folders,
+    files_to_list,
+    find_damage,
+    manifest_entries,
+    step_folder,
+)
 from nemo_tsdkd.checkpoints.retention import begin_checkpoint, finish_checkpoint
 from nemo_tsdkd.checkpoints.run_record import RunRecord, content_digest, open_record, student_digest
-from nemo_tsdkd.checkpoints.start_over import begin
+from nemo_tsdkd.checkpoints.start_over import begin_at_step_1
 
 RECORD = RunRecord("ours", "student", "tokenizer")
 
@@ -16,17 +22,17 @@ def write(run_dir, step, whole=True):
     folder = begin_checkpoint(run_dir, step, RECORD)
     (folder / "weights").write_bytes(bytes(5000))
     if whole:
-        finish_checkpoint(folder, describe(folder, contents(folder)))
+        finish_checkpoint(folder, manifest_entries(folder, files_to_list(folder)))
         (run_dir / "last_step").write_text(f"{step}\n")
     return folder
 
 
 def damage(run_dir):
-    return {folder: why for folder in folders(run_dir)[::-1] if (why := find_damage(folder))}
+    return {folder: why for folder in checkpoint_folders(run_dir)[::-1] if (why := find_damage(folder))}
 
 
 def start(run_dir, allowed=False):
-    begin(run_dir, damage(run_dir), allowed)
+    begin_at_step_1(run_dir, damage(run_dir), allowed)
 
 
 def test_a_new_run_and_one_killed_before_its_first_save_begin(tmp_path):
@@ -44,36 +50,36 @@ def flip(folder):
 
 LOSSES = {
     "all damaged": (
-        lambda run: [flip(folder) for folder in folders(run)],
-        "step '12' was saved (last_step), but no checkpoint is whole: step_12: the content of weights has changed; "
+        lambda run: [flip(folder) for folder in checkpoint_folders(run)],
+        "step '12' was saved (last_step), but no checkpoint is complete: step_12: the content of weights has changed; "
         "step_8: the content of weights has changed. ",
     ),
     "checkpoints absent": (
         lambda run: (run / "checkpoints").rename(run / "elsewhere"),
-        "but no checkpoint is whole: checkpoints/ is absent. Mount the disk",
+        "but no checkpoint is complete: checkpoints/ is absent. Mount the disk",
     ),
     "checkpoints empty": (
         lambda run: ((run / "checkpoints").rename(run / "elsewhere"), (run / "checkpoints").mkdir()),
-        "but no checkpoint is whole: checkpoints/ holds none. Mount the disk",
+        "but no checkpoint is complete: checkpoints/ holds none. Mount the disk",
     ),
     "manifests lost": (
-        lambda run: [(folder / "manifest.json").unlink() for folder in folders(run)],
+        lambda run: [(folder / "manifest.json").unlink() for folder in checkpoint_folders(run)],
         "step_8: it was not written to its end (no manifest)",
     ),
     "last_step lost, all damaged": (
-        lambda run: ([flip(folder) for folder in folders(run)], (run / "last_step").unlink()),
-        "checkpoints were saved, but no checkpoint is whole",
+        lambda run: ([flip(folder) for folder in checkpoint_folders(run)], (run / "last_step").unlink()),
+        "checkpoints were saved, but no checkpoint is complete",
     ),
     "last_step damaged, checkpoints absent": (
         lambda run: ((run / "checkpoints").rename(run / "elsewhere"), (run / "last_step").write_bytes(b"\0\xff")),
-        "was saved (last_step), but no checkpoint is whole: checkpoints/ is absent",
+        "was saved (last_step), but no checkpoint is complete: checkpoints/ is absent",
     ),
     "a finished run's checkpoints absent": (
         lambda run: (
             (run / "checkpoints").rename(run / "elsewhere"),
             (run / "last_step").rename(run / "FINISHED"),
         ),
-        "FINISHED exists, but no checkpoint is whole: checkpoints/ is absent",
+        "FINISHED exists, but no checkpoint is complete: checkpoints/ is absent",
     ),
 }
 
@@ -93,7 +99,7 @@ def test_starting_over_is_refused_in_words_and_allowed_by_a_flag_that_loses_noth
     start(tmp_path, allowed=True)
     assert sorted(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()) == before
     assert (tmp_path / "metrics.jsonl.set_aside").read_text() == '{"step": 12}\n'
-    assert not (tmp_path / "last_step").exists() and folders(tmp_path) == []
+    assert not (tmp_path / "last_step").exists() and checkpoint_folders(tmp_path) == []
     start(tmp_path)  # from now on it is a new run
 
 

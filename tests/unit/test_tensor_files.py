@@ -46,8 +46,11 @@ def cut(folder):
 
 
 BROKEN = {
-    "cut off": (cut, f"{FIRST}: not a whole safetensors file"),
-    "not safetensors": (lambda f: (f / FIRST).write_text("<html>404 Not Found</html>"), "not a whole safetensors file"),
+    "cut off": (cut, f"{FIRST}: not a complete safetensors file"),
+    "not safetensors": (
+        lambda f: (f / FIRST).write_text("<html>404 Not Found</html>"),
+        "not a complete safetensors file",
+    ),
     "shard absent": (lambda f: (f / SECOND).unlink(), f"{SECOND}: is named in {INDEX}"),
     "shard elsewhere": (index_says(c="../c.safetensors"), "is named in"),
     "tensor absent": (index_says(e=SECOND), f"{SECOND}: does not hold e"),

@@ -78,7 +78,7 @@ def read_gpt_config(checkpoint: Path) -> llm.GPTConfig:
     except serialization.PyrefPolicyError as error:
         raise UserError(f"{path}: names {error.module}.{error.symbol}, which could run code. {_FIX}") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Give a whole NeMo checkpoint.") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Give a complete NeMo checkpoint.") from error
     except UserError:
         raise
     except Exception as error:  # JSON that is no graph, a graph that is no config, arguments that the config lacks

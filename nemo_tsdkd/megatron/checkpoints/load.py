@@ -21,7 +21,7 @@ from nemo.collections import llm
 
 import nemo_tsdkd.megatron.cpu as cpu
 from nemo_tsdkd.checkpoints.completeness import listed
-from nemo_tsdkd.checkpoints.foreign import require_harmless
+from nemo_tsdkd.checkpoints.foreign import require_safe
 from nemo_tsdkd.checkpoints.manifest import find_damage, has_manifest
 from nemo_tsdkd.checkpoints.model_folder import (
     HF_ASSETS,
@@ -34,7 +34,7 @@ from nemo_tsdkd.config.validation import HostError, UserError
 from nemo_tsdkd.distributed.groups import from_rank_zero
 from nemo_tsdkd.megatron.checkpoints.context import read_gpt_config
 from nemo_tsdkd.megatron.checkpoints.hf import config_from_hf
-from nemo_tsdkd.megatron.checkpoints.unpickling import told_in_words
+from nemo_tsdkd.megatron.checkpoints.unpickling import checkpoint_errors
 
 logger = logging.getLogger(__name__)
 
@@ -57,21 +57,21 @@ def resolve(path: str | Path, cache_dir: Path) -> Path:
     """
     folder = Path(path)
     if is_nemo_checkpoint(folder):
-        require_harmless(folder)
-        _require_whole(folder)
+        require_safe(folder)
+        _require_undamaged(folder)
         return folder
     if not is_hf_folder(folder):
         fix = "Give a local Hugging Face folder (config.json, *.safetensors) or a NeMo checkpoint folder"
         raise UserError(f"{folder}: {'no model in it' if folder.is_dir() else 'no such folder'}. {fix}.")
-    require_harmless(folder)
+    require_safe(folder)
     require_importable(folder)
     checkpoint = Path(from_rank_zero(lambda: str(_import_once(folder, cache_dir))))
     _await(checkpoint)
-    _require_whole(checkpoint)
+    _require_undamaged(checkpoint)
     return checkpoint
 
 
-def find_damage_together(checkpoint: Path) -> str | None:
+def find_damage_on_all_ranks(checkpoint: Path) -> str | None:
     """`find_damage`, by digest, each rank reading a share of the files: all of it once, over all ranks. Collective."""
     if not dist.is_initialized():
         return find_damage(checkpoint)
@@ -80,11 +80,11 @@ def find_damage_together(checkpoint: Path) -> str | None:
     return next((damage for damage in found if damage), None)
 
 
-def _require_whole(checkpoint: Path) -> None:
+def _require_undamaged(checkpoint: Path) -> None:
     if not has_manifest(checkpoint):
         log = logger.warning if int(os.environ.get("RANK", "0")) == 0 else logger.debug
         log("%s has no manifest: nothing can tell whether its weights are as they were written.", checkpoint)
-    elif damage := find_damage_together(checkpoint):
+    elif damage := find_damage_on_all_ranks(checkpoint):
         raise UserError(f"{checkpoint}: {damage}. Remove it and import the model again.")
 
 
@@ -124,7 +124,7 @@ def load_weights(module: MCoreGPTModel, checkpoint: Path) -> None:
     assert not any(p.is_meta for p in module.parameters()), "weights loaded into the meta device are lost"
     needed = module.sharded_state_dict(prefix=_PREFIX)
     _require_shapes(needed, checkpoint)
-    with told_in_words(checkpoint):
+    with checkpoint_errors(checkpoint):
         state, missing, unexpected = dist_checkpointing.load(
             needed,
             str(checkpoint / "weights"),
@@ -171,7 +171,7 @@ def load_head(config: llm.GPTConfig, checkpoint: Path, tp_group: dist.ProcessGro
         name, weight, (0, tp_group.rank(), tp_group.size()), replica_id=dist.get_rank(), allow_shape_mismatch=True
     )
     # Ranks outside of `tp_group` read the same shards: who owns which is nothing to check.
-    with told_in_words(checkpoint):
+    with checkpoint_errors(checkpoint):
         state = dist_checkpointing.load({"head": shard}, str(checkpoint / "weights"), validate_access_integrity=False)
     return state["head"]
 
@@ -194,7 +194,7 @@ def _require_shapes(needed: dict[str, Any], checkpoint: Path) -> None:
 
 
 def _stored_tensors(checkpoint: Path) -> dict:
-    with told_in_words(checkpoint):
+    with checkpoint_errors(checkpoint):
         return dist_checkpointing.load_tensors_metadata(str(checkpoint / "weights"))
 
 

@@ -24,16 +24,22 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from nemo_tsdkd.checkpoints.atomic import write_whole
-from nemo_tsdkd.checkpoints.manifest import contents, describe, first_whole, folders, step_folder
-from nemo_tsdkd.checkpoints.retention import begin_checkpoint, finish_checkpoint, rotate
+from nemo_tsdkd.checkpoints.atomic import write_atomically
+from nemo_tsdkd.checkpoints.manifest import (
+    checkpoint_folders,
+    files_to_list,
+    first_complete,
+    manifest_entries,
+    step_folder,
+)
+from nemo_tsdkd.checkpoints.retention import begin_checkpoint, finish_checkpoint, remove_old_checkpoints
 from nemo_tsdkd.checkpoints.run_lock import Claim, lock
 from nemo_tsdkd.checkpoints.run_record import RunRecord
 from nemo_tsdkd.checkpoints.start_over import FINISHED, LAST_STEP
 from nemo_tsdkd.config.schema import CheckpointConfig
 from nemo_tsdkd.distributed.groups import from_rank_zero
 from nemo_tsdkd.distributed.signals import STOP_SIGNALS
-from nemo_tsdkd.megatron.checkpoints.load import find_damage_together
+from nemo_tsdkd.megatron.checkpoints.load import find_damage_on_all_ranks
 
 
 def start_results_process() -> None:
@@ -62,22 +68,22 @@ def lock_run(run_dir: Path) -> Iterator[Claim]:
 
 
 def find_checkpoint(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest whole checkpoint, and what is wrong with each newer one. The same on every rank; collective.
+    """The newest complete checkpoint, and what is wrong with each newer one. The same on every rank; collective.
 
     Rank 0 lists the checkpoints, and each rank reads a share of the files: one alone would read for minutes.
     """
     damaged: dict[Path, str] = {}
 
     def damage_of(folder: Path) -> str | None:
-        damage = find_damage_together(folder)
+        damage = find_damage_on_all_ranks(folder)
         if damage:
             damaged[folder] = damage
         return damage
 
-    return first_whole(from_rank_zero(lambda: folders(run_dir)[::-1]), damage_of), damaged
+    return first_complete(from_rank_zero(lambda: checkpoint_folders(run_dir)[::-1]), damage_of), damaged
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunCheckpoints:
     """The checkpoints of one run. Has no changing state, because NeMo copies it with the callback."""
 
@@ -94,7 +100,7 @@ class RunCheckpoints:
 
         Args:
             source: the imported student the run began with; its context (config, tokenizer) goes into the checkpoint.
-            wait: return when the checkpoint is whole, even with `async_save`.
+            wait: return when the checkpoint is complete, even with `async_save`.
         """
         io, step = trainer.strategy.checkpoint_io, trainer.global_step
         folder = step_folder(self.run_dir, step)
@@ -121,18 +127,20 @@ class RunCheckpoints:
         """
         folder, rank, world_size = step_folder(self.run_dir, step), dist.get_rank(), dist.get_world_size()
         dist.barrier()
-        names = from_rank_zero(lambda: self._contents(folder))
+        names = from_rank_zero(lambda: self._files_to_list(folder))
         entries: list[Any] = [None] * world_size
-        dist.all_gather_object(entries, describe(folder, names[rank::world_size]))
+        dist.all_gather_object(entries, manifest_entries(folder, names[rank::world_size]))
         if rank == 0:
             finish_checkpoint(folder, {name: entry for part in entries for name, entry in part.items()})
-            rotate(self.run_dir, step, self.record.run, self.settings.keep_last, self.settings.keep_every)
-            write_whole(self.run_dir / LAST_STEP, f"{step}\n".encode())  # the job script reads progress from it
+            remove_old_checkpoints(
+                self.run_dir, step, self.record.run, self.settings.keep_last, self.settings.keep_every
+            )
+            write_atomically(self.run_dir / LAST_STEP, f"{step}\n".encode())  # the job script reads progress from it
         dist.barrier()
 
-    def _contents(self, folder: Path) -> list[str]:
-        self.claim.require()
-        return contents(folder)
+    def _files_to_list(self, folder: Path) -> list[str]:
+        self.claim.require_held()
+        return files_to_list(folder)
 
 
 def mark_finished(run_dir: Path) -> None:

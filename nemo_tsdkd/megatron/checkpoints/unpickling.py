@@ -103,7 +103,7 @@ def _load_bytes(planner: DefaultLoadPlanner, read_item: ReadItem, value: io.Byte
 
 
 @contextmanager
-def told_in_words(checkpoint: Path) -> Iterator[None]:
+def checkpoint_errors(checkpoint: Path) -> Iterator[None]:
     """Turn what the stack raises about the files of a checkpoint into the error a user should see.
 
     Raises:
@@ -113,12 +113,12 @@ def told_in_words(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:  # torch derives it from BaseException and hides the cause in it
-        _raise_in_words(checkpoint, [cause for cause, _ in error.failures.values()])
+        _raise_user_error(checkpoint, [cause for cause, _ in error.failures.values()])
         raise
     except pickle.UnpicklingError as error:  # of torch.load(weights_only=True)
         raise UserError(_refusal(f"{checkpoint / 'weights' / 'common.pt'}", error)) from error
     except (CheckpointingException, RuntimeError, OSError) as error:
-        _raise_in_words(checkpoint, [error])
+        _raise_user_error(checkpoint, [error])
         raise
 
 
@@ -128,7 +128,7 @@ def _refusal(what: str, error: pickle.UnpicklingError) -> str:
     return f"{what} names {found}, which could run code. {_FIX}" if found else f"{what} is damaged ({error!r:.80})."
 
 
-def _raise_in_words(checkpoint: Path, causes: list[BaseException]) -> None:
+def _raise_user_error(checkpoint: Path, causes: list[BaseException]) -> None:
     for cause in causes:
         if isinstance(cause, UserError):
             raise UserError(cause.args[0] if str(checkpoint) in str(cause) else f"{checkpoint}: {cause}") from cause

@@ -26,7 +26,7 @@ def generate(
     model: GPTModel,
     prompts: list[list[int]],
     *,
-    config: RolloutConfig,
+    rollout_config: RolloutConfig,
     sample_ids: list[int],
     seed: int,
     step: int,
@@ -52,7 +52,8 @@ def generate(
         UserError: the model is not one this decodes, or a prompt is empty or fills `max_length`.
         FloatingPointError: the student's logits are broken, so that no token can be drawn.
     """
-    with Decoder(model, config=config, vocabulary=vocabulary, tp_group=tp_group, pp_group=pp_group) as decoder:
+    groups = {"tp_group": tp_group, "pp_group": pp_group}
+    with Decoder(model, rollout_config=rollout_config, vocabulary=vocabulary, **groups) as decoder:
         return decoder.generate(prompts, sample_ids=sample_ids, seed=seed, step=step, max_length=max_length)
 
 
@@ -68,13 +69,13 @@ class Decoder:
         self,
         model: GPTModel,
         *,
-        config: RolloutConfig,
+        rollout_config: RolloutConfig,
         vocabulary: Vocabulary,
         tp_group: ProcessGroup | None,
         pp_group: ProcessGroup | None,
     ) -> None:
         check_model(model)
-        self.model, self.config, self.vocabulary = model, config, vocabulary
+        self.model, self.rollout_config, self.vocabulary = model, rollout_config, vocabulary
         self.tp_group, self.pp_group = tp_group, pp_group
         self.cache: KVCache | None = None
 
@@ -100,14 +101,14 @@ class Decoder:
         """As `generate`, with this decoder's model, configuration, vocabulary and groups."""
         schedule = Schedule(
             prompts,
-            batch_size=self.config.batch_size,
-            max_new_tokens=self.config.max_new_tokens,
+            batch_size=self.rollout_config.batch_size,
+            max_new_tokens=self.rollout_config.max_new_tokens,
             max_length=max_length,
             eos_ids=self.vocabulary.eos_ids,
         )
         if schedule.finished:
             return []
-        self._reserve(min(self.config.batch_size, len(prompts)), schedule.cache_length)
+        self._reserve(min(self.rollout_config.batch_size, len(prompts)), schedule.cache_length)
         sample_keys = fold(step_key(seed, step), torch.tensor(sample_ids))
         with decoding(self.model, self.cache):
             while not schedule.finished:
@@ -115,7 +116,7 @@ class Decoder:
                 self.rows.load(schedule.rows(), sample_keys)
                 for prefill in prefills:
                     self._prefill(prefill)
-                rows, window = len(schedule.live), schedule.window(self.config.sync_every)
+                rows, window = len(schedule.live), schedule.window(self.rollout_config.sync_every)
                 for used in window:
                     self._step(row_bucket(rows, self.cache.rows), used_bucket(used))
                 history = self.rows.read(rows, len(window))  # equal on all ranks of the block: they stop together
@@ -149,8 +150,8 @@ class Decoder:
         self.weights = weights
         self.cache = KVCache(self.model, rows, length)
         device, config = self.cache.device, self.model.config
-        self.regions = Regions(new_capture(self.config.cuda_graphs, device, self.tp_group))
-        self.rows = Rows(rows, self.config.sync_every, self.vocabulary.eos_ids, device)
+        self.regions = Regions(new_capture(self.rollout_config.cuda_graphs, device, self.tp_group))
+        self.rows = Rows(rows, self.rollout_config.sync_every, self.vocabulary.eos_ids, device)
         if group_size(self.pp_group) > 1:
             # Between stages: [1, rows, H]. The graphs of one stage write what is sent and read what is received.
             self.received, self.sent = torch.zeros(
@@ -215,9 +216,9 @@ class Decoder:
         self.rows.tokens[rows] = sample(
             vocab_parallel_logits(self.model, hidden)[0],
             self.rows.noise(rows),
-            temperature=self.config.temperature,
-            top_k=self.config.top_k,
-            top_p=self.config.top_p,
+            temperature=self.rollout_config.temperature,
+            top_k=self.rollout_config.top_k,
+            top_p=self.rollout_config.top_p,
             vocab_size=self.vocabulary.size,
             tp_group=self.tp_group,
             check=False,  # a wait for the device; `_check_drawn` looks at each window's end

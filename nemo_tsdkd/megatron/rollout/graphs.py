@@ -14,7 +14,7 @@ from nemo_tsdkd.distributed.vocab_parallel import group_size
 logger = logging.getLogger(__name__)
 Region = Callable[[], None]  # device work on fixed tensors: no host value goes in, none comes out
 Capture = Callable[[Region], Region]  # from a region to what repeats its work without running its Python
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
 class CudaCapture:
@@ -48,14 +48,14 @@ def new_capture(mode: str, device: torch.device, tp_group: ProcessGroup | None) 
     reason = why_eager(device, tp_group)
     if reason:
         if not dist.is_initialized() or dist.get_rank() == 0:  # it holds on every rank
-            say_once(reason)
+            warn_once(reason)
         return None
     return CudaCapture()
 
 
-def say_once(reason: str) -> None:
-    if reason not in _said:
-        _said.add(reason)
+def warn_once(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
         logger.warning("rollouts decode without CUDA graphs: %s", reason)
 
 
@@ -85,7 +85,7 @@ class Regions:
         try:
             self._replays[key] = self._capture(region)
         except RuntimeError as error:  # CUDA's and NCCL's; nothing of the region has run
-            say_once(f"capturing {key} failed ({str(error).splitlines()[0]})")
+            warn_once(f"capturing {key} failed ({str(error).splitlines()[0]})")
             self._capture = None
             self._replays.clear()
             return False

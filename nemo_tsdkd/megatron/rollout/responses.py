@@ -69,7 +69,7 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
         tp_group = parallel_state.get_tensor_model_parallel_group()
         pp_group = parallel_state.get_pipeline_model_parallel_group()
         groups = {"tp_group": tp_group, "pp_group": pp_group}
-        with Decoder(model, config=config.rollout, vocabulary=vocabulary, **groups) as decoder:
+        with Decoder(model, rollout_config=config.rollout, vocabulary=vocabulary, **groups) as decoder:
             answer = partial(decoder.generate, seed=config.seed, step=0, max_length=config.data.seq_length)
             for shard in missing[parallel_state.get_data_parallel_rank() :: copies]:
                 start = time.perf_counter()
