@@ -40,7 +40,7 @@ import ranks
 import tiny_run
 import torch
 
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 
 EVENTS_PER_RUN = 6
 STYLES = ("sync", "async", "layouts", "disk", "async disk")

@@ -8,7 +8,7 @@ import ranks
 import tiny_run
 import torch
 
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.reporting.metrics import read_metrics
 
 

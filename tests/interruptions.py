@@ -16,7 +16,7 @@ import torch
 
 from nemo_tsdkd.checkpoints import run_lock
 from nemo_tsdkd.checkpoints.manifest import has_manifest, step_folder
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.reporting.metrics import read_metrics
 

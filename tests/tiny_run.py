@@ -8,7 +8,7 @@ from pathlib import Path
 import ranks
 import tiny_hf
 
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 
 STUDENT_VOCAB, TEACHER_VOCAB = 330, 340
 

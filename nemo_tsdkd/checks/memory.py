@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from nemo_tsdkd.checkpoints.shape import ModelShape
 from nemo_tsdkd.config.integers import ceil_div
-from nemo_tsdkd.config.schema import TILE_LOGITS, TrainConfig
+from nemo_tsdkd.config.schema import TILE_LOGITS
+from nemo_tsdkd.config.train_config import TrainConfig
 
 GIB = 2**30
 RESERVE = 6 * GIB  # CUDA context, NCCL and cuBLAS work space, fragmentation

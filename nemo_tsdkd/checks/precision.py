@@ -13,7 +13,8 @@ from typing import Any
 
 from nemo_tsdkd.checkpoints.shape import ModelShape
 from nemo_tsdkd.config.integers import round_up
-from nemo_tsdkd.config.schema import ParallelConfig, TrainConfig
+from nemo_tsdkd.config.schema import ParallelConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 
 

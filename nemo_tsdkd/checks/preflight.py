@@ -23,7 +23,7 @@ from nemo_tsdkd.checks.precision import check_engine
 from nemo_tsdkd.checks.setup import check_fields, check_files, check_ranks
 from nemo_tsdkd.checks.start import check_start
 from nemo_tsdkd.config.compose import add_config_arguments, config_from
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.distributed.launch import Launch, environment, hosts
 from nemo_tsdkd.reporting.provenance import installed_versions
 

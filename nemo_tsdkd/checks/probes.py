@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from nemo_tsdkd.checkpoints.shape import ModelShape
 from nemo_tsdkd.checks.memory import GIB, RESERVE, per_gpu, teacher_per_gpu
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.distributed.launch import Launch
 from nemo_tsdkd.reporting.provenance import version_of

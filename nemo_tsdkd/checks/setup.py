@@ -13,7 +13,8 @@ from nemo_tsdkd.checkpoints.hf_config import check_config
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint, require_importable
 from nemo_tsdkd.checkpoints.shape import ModelShape
 from nemo_tsdkd.checks.precision import check_names, check_shapes
-from nemo_tsdkd.config.schema import ParallelConfig, TrainConfig
+from nemo_tsdkd.config.schema import ParallelConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.data.source import check_data
 

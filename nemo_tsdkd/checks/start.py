@@ -13,7 +13,7 @@ from nemo_tsdkd.checkpoints.manifest import find_damage, has_manifest
 from nemo_tsdkd.checkpoints.model_folder import is_nemo_checkpoint
 from nemo_tsdkd.checkpoints.shape import ModelShape
 from nemo_tsdkd.checkpoints.tensor_files import stored_tensors
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 
 _FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names

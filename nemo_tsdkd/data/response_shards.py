@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from nemo_tsdkd.checkpoints.atomic import read_json, write_atomically
 from nemo_tsdkd.config.integers import ceil_div
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 
 FORMATS = ("jsonl", "parquet")

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.distributed.groups import COLLECTIVE_TIMEOUT, LONG_TIMEOUT, process_group, rendezvous_errors
 
 

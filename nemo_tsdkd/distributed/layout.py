@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_tsdkd.config.schema import ParallelConfig, TrainConfig
+from nemo_tsdkd.config.schema import ParallelConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 
 Ints = NDArray[np.int64]
 

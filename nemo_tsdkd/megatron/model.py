@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nemo_tsdkd.checks.precision import pad_to_multiple
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.data.batch import MicroBatch, make_micro_batches
 from nemo_tsdkd.data.dataset import Sample

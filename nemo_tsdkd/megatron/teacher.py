@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nemo_tsdkd.checks.precision import pad_to_multiple, teacher_pad_to_multiple
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.data.batch import MicroBatch
 from nemo_tsdkd.data.dataset import Sample
 from nemo_tsdkd.data.global_batch import GlobalBatch, slices_of

@@ -23,7 +23,8 @@ from nemo_tsdkd.checkpoints.run_record import RunRecord, open_record, student_di
 from nemo_tsdkd.checkpoints.shape import padded_vocab_size
 from nemo_tsdkd.checkpoints.start_over import begin_at_step_1
 from nemo_tsdkd.checks.precision import check_engine, model_settings, plugin_settings
-from nemo_tsdkd.config.schema import ParallelConfig, TrainConfig
+from nemo_tsdkd.config.schema import ParallelConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.data.dataset import PromptDataset
 from nemo_tsdkd.data.tokenizer import Vocabulary, check_same_tokenizer, load_tokenizer, tokenizer_digest
 from nemo_tsdkd.distributed.groups import from_rank_zero, rank_zero_first

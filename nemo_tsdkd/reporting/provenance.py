@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from nemo_tsdkd.checkpoints.atomic import write_atomically, write_json
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 
 PACKAGES = ("nemo-tsdkd", "torch", "nemo_toolkit", "megatron-core", "transformer-engine", "transformers")
 ATTEMPTS = "attempts"  # subfolder of a run

@@ -11,7 +11,7 @@ import tiny_run
 import torch
 
 from nemo_tsdkd.checkpoints.manifest import newest_complete, step_folder
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.data.dataset import Sample
 from nemo_tsdkd.data.tokenizer import Vocabulary
 from nemo_tsdkd.reporting.metrics import read_metrics

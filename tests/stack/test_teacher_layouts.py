@@ -8,7 +8,7 @@ import tiny_run
 import torch
 from test_layouts import compare, results, run
 
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.reporting.metrics import read_metrics
 
 TP, PP, SP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"

@@ -14,7 +14,7 @@ from megatron_chunk import build
 from test_checkpoint import assert_equal_up_to_rounding
 
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.data.tokenizer import Vocabulary, load_tokenizer, response_text
 
 pytestmark = pytest.mark.timeout(600)  # the first test's fixtures import, train and export

@@ -12,7 +12,7 @@ import tiny_hf
 from omegaconf import OmegaConf
 
 import nemo_tsdkd.cli.main
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.data.batch import make_micro_batches
 from nemo_tsdkd.distributed.signals import Stopped
 

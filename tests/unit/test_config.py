@@ -14,7 +14,8 @@ import nemo_tsdkd
 from nemo_tsdkd.checkpoints.shape import QWEN2_5
 from nemo_tsdkd.checks.setup import check_model_fits, check_setup
 from nemo_tsdkd.config.compose import CONF, compose_config
-from nemo_tsdkd.config.schema import ParallelConfig, TrainConfig
+from nemo_tsdkd.config.schema import ParallelConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 
 PATHS = ("run_dir=run", "student.path=student", "teacher.path=teacher", "data.path=data.jsonl")
@@ -55,7 +56,8 @@ def test_every_field_is_read_somewhere():
             value = getattr(node, f.name)
             yield from names(value, f.name) if dataclasses.is_dataclass(value) else [(section, f.name)]
 
-    package = [path for path in Path(nemo_tsdkd.__file__).parent.rglob("*.py") if path.name != "schema.py"]
+    declared = ("schema.py", "train_config.py")
+    package = [path for path in Path(nemo_tsdkd.__file__).parent.rglob("*.py") if path.name not in declared]
     nodes = [list(ast.walk(ast.parse(path.read_text()))) for path in package]
     read = [{n.attr for n in module if isinstance(n, ast.Attribute)} for module in nodes]
     named = [{n.id for n in module if isinstance(n, ast.Name)} for module in nodes]

@@ -8,7 +8,7 @@ import pytest
 import recipes
 import torch
 
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

@@ -6,7 +6,7 @@ import pytest
 
 from nemo_tsdkd.checkpoints.shape import QWEN2_5, ModelShape
 from nemo_tsdkd.checks.memory import GIB, per_gpu
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 
 
 def config(tp=1, pp=1, nodes=1, gpus=8, **fields):

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import nemo_tsdkd
-from nemo_tsdkd.config.schema import DataConfig, ModelConfig, TeacherConfig, TrainConfig
+from nemo_tsdkd.config.schema import DataConfig, ModelConfig, TeacherConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.objective import Metrics, ObjectiveConfig, reported
 from nemo_tsdkd.reporting import metrics
 from nemo_tsdkd.reporting.metrics import PLOTS, REQUIRED, MetricsLogger, read_metrics

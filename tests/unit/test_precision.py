@@ -7,7 +7,8 @@ import torch
 
 from nemo_tsdkd.checkpoints.shape import QWEN2_5, ModelShape
 from nemo_tsdkd.checks import precision
-from nemo_tsdkd.config.schema import PrecisionConfig, TeacherConfig, TrainConfig
+from nemo_tsdkd.config.schema import PrecisionConfig, TeacherConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 
 STUDENT, TEACHER = QWEN2_5["1.5B"], QWEN2_5["14B"]
 

@@ -17,7 +17,7 @@ from nemo_tsdkd.checks import probes
 from nemo_tsdkd.checks.memory import GIB
 from nemo_tsdkd.checks.preflight import Finding, Preflight, _grouped, _odd_versions
 from nemo_tsdkd.checks.start import check_weights
-from nemo_tsdkd.config.schema import TrainConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import HostError, UserError
 from nemo_tsdkd.distributed.groups import process_group
 from nemo_tsdkd.distributed.launch import Launch

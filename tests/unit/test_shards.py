@@ -5,7 +5,8 @@ import json
 import pytest
 from tiny_hf import save_tokenizer
 
-from nemo_tsdkd.config.schema import DataConfig, TrainConfig
+from nemo_tsdkd.config.schema import DataConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.data.dataset import PromptDataset
 from nemo_tsdkd.data.response_shards import FORMATS, Shards
 from nemo_tsdkd.data.tokenizer import Vocabulary, load_tokenizer, response_text

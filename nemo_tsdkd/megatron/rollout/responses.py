@@ -16,7 +16,8 @@ from nemo.collections import llm
 from transformers import PreTrainedTokenizerBase
 
 from nemo_tsdkd.checkpoints.shape import padded_vocab_size
-from nemo_tsdkd.config.schema import ParallelConfig, TrainConfig
+from nemo_tsdkd.config.schema import ParallelConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.data.dataset import PromptDataset
 from nemo_tsdkd.data.response_shards import Shards
 from nemo_tsdkd.data.tokenizer import Vocabulary, load_tokenizer, response_text
