@@ -1,7 +1,7 @@
 """Every key of a Hugging Face config.json, resolved: carried over, known to change nothing, or refused. No torch.
 
-transformers passes over the keys that it does not know. A model would be imported with other arithmetic than it was
-trained with, and no comparison with transformers would show it.
+transformers ignores keys that it does not know. The imported model would then compute something else than the trained
+one, and no comparison with transformers would show it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CARRIED_OVER = {
     *"model_type architectures dtype torch_dtype layer_types".split(),
     *"rope_theta rope_scaling rope_parameters partial_rotary_factor".split(),
 }
-# What the models compute, whatever else could be written; null is the same.
+# The only value that is supported; null means the same.
 _ONLY = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -55,11 +55,11 @@ _SLIDING = frozenset({"sliding_window", "max_window_layers"})  # without effect:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a config.json of one model_type may say beside what all may.
+    """The keys of config.json that one model_type may have besides those of all.
 
     Attributes:
         name: transformers' class.
-        only: settings with the one value that is computed; null is the same.
+        only: settings, each with the only supported value; null means the same.
         harmless: settings that the logits do not depend on.
     """
 
@@ -99,7 +99,7 @@ class Rope:
 
 
 def check_config(config: Mapping[str, Any], path: Path) -> None:
-    """Raise UserError unless the import carries over all that a config.json says of a model's arithmetic.
+    """Raise UserError if config.json holds a setting of the model's arithmetic that the import cannot carry over.
 
     Args:
         config: its content.
@@ -121,15 +121,15 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
             fix = "Remove it if it does not, else choose a model without it."
             _require(value is None, path, name, value, rule, fix)
     for name in _REQUIRED:
-        _whole(path, name, config.get(name))
+        _require_positive_integer(path, name, config.get(name))
     for name in ("num_key_value_heads", "head_dim"):
         if config.get(name) is not None:
-            _whole(path, name, config[name])
-    _check_choices(config, path)
+            _require_positive_integer(path, name, config[name])
+    _check_dtype_and_layers(config, path)
     rope(config, path)
 
 
-def _check_choices(config: Mapping[str, Any], path: Path) -> None:
+def _check_dtype_and_layers(config: Mapping[str, Any], path: Path) -> None:
     written = {name: config[name] for name in ("dtype", "torch_dtype") if config.get(name) is not None}
     rule = f"must be one of {', '.join(_DTYPES)}"
     for name, value in (written or {"dtype": None}).items():
@@ -148,7 +148,7 @@ def _check_choices(config: Mapping[str, Any], path: Path) -> None:
 
 
 def rope(config: Mapping[str, Any], path: Path) -> Rope:
-    """The rotary embedding that a config.json asks for, in transformers 4's form (rope_theta, rope_scaling), in
+    """The rotary embedding of a config.json, in transformers 4's form (rope_theta, rope_scaling), in
     transformers 5's (rope_parameters), or in both where they agree.
 
     Raises:
@@ -179,7 +179,7 @@ def rope(config: Mapping[str, Any], path: Path) -> Rope:
 
 
 def _rope_settings(config: Mapping[str, Any], path: Path) -> dict[str, tuple[str, Any]]:
-    """RoPE's settings: where each is written, and its value. No two places may disagree."""
+    """RoPE's settings: the key that holds each, and its value. Two keys must not contradict."""
     written = [(name, name, config.get(name)) for name in ("rope_theta", "partial_rotary_factor")]
     for section in ("rope_scaling", "rope_parameters"):
         part = config.get(section) or {}
@@ -195,7 +195,7 @@ def _rope_settings(config: Mapping[str, Any], path: Path) -> dict[str, tuple[str
     return settings
 
 
-def _whole(path: Path, name: str, value: Any) -> None:
+def _require_positive_integer(path: Path, name: str, value: Any) -> None:
     ok = isinstance(value, int) and _positive(value)
     _require(ok, path, name, value, "must be a whole number above 0", "Give a complete config.json.")
 

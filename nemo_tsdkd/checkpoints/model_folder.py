@@ -1,4 +1,4 @@
-"""What a model folder holds: told apart, checked and keyed by reading names and JSON only, without the heavy stack."""
+"""Model folders: which kind one is, whether it can be imported, and a key of its content. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_tsdkd.config.validation import UserError
 # into its context under the folder's own name.
 HF_ASSETS = Path("context", "huggingface")
 _ASSET_SUFFIXES = {".json", ".jsonl", ".jinja", ".model", ".txt"}
-_IMPORT_VERSION = b"2"  # raise it when the same source would be imported otherwise, or be refused
+_IMPORT_VERSION = b"2"  # raise it when the import of the same source changes, or is refused
 
 
 def is_nemo_checkpoint(folder: Path) -> bool:
@@ -49,7 +49,7 @@ def require_importable(folder: Path) -> None:
 
 
 def content_key(folder: Path) -> str:
-    """Name for the import of a Hugging Face folder: its own name and a digest of every byte that decides the result.
+    """Name for the import of a Hugging Face folder: its own name and a digest of all bytes that the result depends on.
 
     Two training states of one model differ in weights only, not in names or sizes, so all weights are read.
     """
@@ -75,7 +75,7 @@ def restore_assets(assets: Path, target: Path) -> None:
 
 
 def _assets(folder: Path) -> list[Path]:
-    """Files beside the weights; the index of the weights' shards describes files that an export writes anew."""
+    """Files beside the weights, without the index of the shards, which an export writes again."""
     return [
         p
         for p in sorted(folder.iterdir())

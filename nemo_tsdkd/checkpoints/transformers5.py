@@ -1,6 +1,6 @@
-"""Folders that transformers 5 wrote, for transformers 4, which NeMo needs.
+"""Translate folders that transformers 5 wrote for transformers 4, which NeMo needs.
 
-It passes over their RoPE settings in silence, and cannot read their tokenizers.
+transformers 4 ignores their RoPE settings without a warning and cannot read their tokenizers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from nemo_tsdkd.checkpoints.atomic import read_json, write_json
 from nemo_tsdkd.checkpoints.hf_config import rope
 
-AS_WRITTEN = "as_written."  # before the name of a file that stands beside its translation
+AS_WRITTEN = "as_written."  # prefix of the original of a translated file
 
 
 def translate_assets(folder: Path) -> None:
-    """Rewrite, among a Hugging Face folder's assets, what transformers 4 reads wrongly; keep those files as they were.
+    """Rewrite the assets of a Hugging Face folder that transformers 4 reads wrongly; keep the originals beside them.
 
     Raises:
         UserError: config.json asks for a rotary embedding that the models do not have.
@@ -30,8 +30,8 @@ def translate_assets(folder: Path) -> None:
 
 
 @contextmanager
-def readable_folder(folder: Path) -> Iterator[Path]:
-    """Yield a Hugging Face folder that transformers 4 reads rightly: itself, or links to its files beside translations.
+def transformers4_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder that transformers 4 reads correctly: `folder`, or translations and links to its other files.
 
     Raises:
         UserError: config.json asks for a rotary embedding that the models do not have.

@@ -1,7 +1,7 @@
-"""Precision by name: what NeMo and Megatron must be told, and what FP8 refuses. No torch, NeMo or TE on import.
+"""Precision names: their settings for NeMo and Megatron, and the rules of FP8 kernels. No torch, NeMo or TE on import.
 
-Without Transformer Engine, Megatron accepts any FP8 request, misspelt ones included, and trains bf16 without a word;
-every rule FP8 kernels have is therefore checked here before a model is built.
+Without Transformer Engine, Megatron accepts any FP8 setting, also misspelt ones, and trains in bf16 without a warning.
+So all rules of FP8 kernels are checked here before a model is built.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nemo_tsdkd.config.validation import UserError
 
 @dataclass(frozen=True)
 class Fp8:
-    """One FP8 recipe in Megatron's words."""
+    """One FP8 recipe, in Megatron's names."""
 
     format: str  # hybrid: e4m3 forward, e5m2 gradients; e4m3: everywhere
     recipe: str
@@ -28,8 +28,8 @@ class Fp8:
 
 
 BLOCK = 128  # side of a block that fp8_blockwise quantizes at once
-# Delayed scaling is left out on purpose: it cannot keep single layers in bf16, and its scales, taken from earlier
-# steps' maxima, are never updated under no_grad, so a frozen teacher would run on its initial ones for ever.
+# Delayed scaling is not offered: it cannot keep single layers in bf16, and its scales, taken from earlier
+# steps' maxima, are never updated under no_grad, so a frozen teacher would keep its initial ones.
 FP8 = {
     # Transformer Engine's Float8CurrentScaling and Float8BlockScaling.
     "fp8_tensorwise": Fp8("hybrid", "tensorwise", token_multiple=16),
@@ -37,7 +37,7 @@ FP8 = {
     "fp8_blockwise": Fp8("e4m3", "blockwise", token_multiple=BLOCK),
 }
 NAMES = ("bf16", "fp32", *FP8)
-LENGTH_STEP = 256  # on a GPU: attention kernels make a plan, a tenth of a second, for every length they meet
+LENGTH_STEP = 256  # on a GPU: attention kernels plan for each new length, which takes a tenth of a second
 WEIGHT_MULTIPLE = 16  # both dimensions of a weight: each is the contracted one of the forward or a backward GEMM
 BLOCKWISE_CUDA = (12, 9)
 
@@ -81,13 +81,13 @@ def plugin_settings(name: str, first_last_layers_bf16: bool = True) -> dict[str,
 
 
 def check_names(config: TrainConfig) -> None:
-    """Refuse precisions that do not exist, delayed scaling by its reason, and fp32 under context parallelism.
+    """Refuse unknown precisions, delayed scaling (with the reason), and fp32 under context parallelism.
 
     Raises:
         UserError: naming the field, its value, the rule and the fix.
     """
     for field, name, parallel in _models(config):
-        _known(field, name)
+        _require_known(field, name)
         if name == "fp32" and (cp := parallel.context_parallel_size) > 1:
             raise UserError(
                 f"{field} = 'fp32': Transformer Engine's attention, which alone works across ranks, takes 16 bits, and "
@@ -96,7 +96,7 @@ def check_names(config: TrainConfig) -> None:
 
 
 def _models(config: TrainConfig) -> tuple[tuple[str, str, ParallelConfig], ...]:
-    """Of student and teacher: the field that names the precision, the precision, the layout."""
+    """For student and teacher: the precision's field, its value, the layout."""
     return (
         ("precision.name", config.precision.name, config.parallel),
         ("teacher.precision", config.teacher.precision, config.teacher_parallel),
@@ -104,8 +104,8 @@ def _models(config: TrainConfig) -> tuple[tuple[str, str, ParallelConfig], ...]:
 
 
 def check_shapes(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> None:
-    """Refuse dimensions and token counts that the FP8 kernels of `config` cannot multiply, and models too shallow to
-    have an FP8 layer; nothing for bf16 and fp32.
+    """Refuse dimensions and token counts that the FP8 kernels of `config` cannot multiply, and models with too few
+    layers for an FP8 layer. Checks nothing for bf16 and fp32.
 
     Raises:
         UserError: naming the field, its value, the rule and the fix.
@@ -164,14 +164,14 @@ def token_multiple(parallel: ParallelConfig, name: str) -> int:
 
 
 def pad_to_multiple(config: TrainConfig, on_gpu: bool) -> int:
-    """What every padded sequence length of the student is a multiple of: the layout's shards, the kernels, LENGTH_STEP.
+    """The multiple to which the student's rows are padded, for the layout's shards, the kernels and LENGTH_STEP.
     In one layout the teacher reads the same padded rows."""
     multiple = _length_multiple(config.parallel, config.precision.name, on_gpu)
     return math.lcm(multiple, teacher_pad_to_multiple(config, on_gpu) if config.one_layout else 1)
 
 
 def teacher_pad_to_multiple(config: TrainConfig, on_gpu: bool) -> int:
-    """The same of the teacher's rows."""
+    """The same for the teacher's rows."""
     return _length_multiple(config.teacher_parallel, config.teacher.precision, on_gpu)
 
 
@@ -188,7 +188,7 @@ def check_engine(config: TrainConfig) -> None:
     import torch
 
     for prefix, parallel in (("", config.parallel), ("teacher.", config.teacher_parallel)):
-        if parallel.sequence_parallel and torch.cuda.is_available():  # on the CPU, cpu.py stands in
+        if parallel.sequence_parallel and torch.cuda.is_available():  # on the CPU, cpu.py replaces the norm
             _require_engine(f"{prefix}parallel.sequence_parallel = True", "Megatron's own norm has none", "false")
         if (cp := parallel.context_parallel_size) > 1:
             _require_engine(f"{prefix}parallel.context_parallel_size = {cp}", "Megatron's own attention has none", "1")
@@ -213,7 +213,7 @@ def _require_engine(setting: str, why: str, instead: str) -> None:
         ) from None
 
 
-def _known(field: str, name: str) -> None:
+def _require_known(field: str, name: str) -> None:
     if name in NAMES:
         return
     why = "must be one of " + ", ".join(NAMES)

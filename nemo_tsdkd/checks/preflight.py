@@ -1,8 +1,8 @@
-"""`nemo-tsdkd preflight`: half a minute before a long job, name the node that would spoil it.
+"""`nemo-tsdkd preflight`: find a bad node in half a minute, before a long job.
 
-Runs one process per rank, as `train` does. Ranks meet at a plain TCP store, so that a rank that cannot take part in a
-collective still says why, and one that never came is missed by its node's name. Exit status: 0 all is well, 1 a node
-is at fault, 2 the configuration is.
+Runs one process per rank, as `train` does. Ranks report through a TCP store, so that a rank whose collectives fail can
+still report its error, and rank 0 can name the node of a rank that never connects. Exit status: 0 no error, 1 a node
+failed, 2 the configuration is wrong.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nemo_tsdkd.reporting.provenance import installed_versions
 
 @dataclass
 class Finding:
-    """What one rank tells rank 0."""
+    """One rank's report to rank 0."""
 
     host: str
     rank: int
@@ -39,7 +39,7 @@ class Finding:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Check every rank's place, print what is wrong and where, and exit as the module says.
+    """Check every rank, print each error with its node, and exit with the module's status.
 
     Raises:
         UserError: the configuration cannot be composed.
@@ -59,11 +59,11 @@ def main(argv: Sequence[str]) -> None:
         print(f"preflight: FAILED: {line}", flush=True)
     if not errors and place.rank == 0:
         print(f"preflight: {place.world_size} ranks on {', '.join(hosts())}: all is well", flush=True)
-    os._exit(1 if errors else 0)  # destructors would wait for a group that has lost a member
+    os._exit(1 if errors else 0)  # destructors would wait for ranks that have ended
 
 
 class Preflight:
-    """The checks in order: each node for itself, then the files they share, then the network between them."""
+    """The checks in order: each node alone, then the shared file system, then the network."""
 
     def __init__(self, config: TrainConfig, place: Launch, timeout: float, allow_cpu: bool, deep: bool = False) -> None:
         self.config, self.place, self.timeout, self.allow_cpu, self.deep = config, place, timeout, allow_cpu, deep
@@ -71,7 +71,7 @@ class Preflight:
         self.finding = Finding(host, place.rank, installed_versions())
 
     def run(self) -> list[str]:
-        """Errors found: on rank 0 those of all ranks, elsewhere this rank's own or a pointer to rank 0's report."""
+        """Errors: on rank 0 those of all ranks, on other ranks their own or a reference to rank 0's report."""
         from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
         address, port = self.place.master_addr, self.place.master_port
@@ -95,7 +95,7 @@ class Preflight:
             self._try(lambda: canary.check_answers(hosts()), "shared folder")
             canary.remove()
         network = probes.Network(self.place, self.config.parallel.gpus_per_node)
-        long_timeout = timedelta(seconds=2 * self.timeout)  # torch's own abort would come before our report
+        long_timeout = timedelta(seconds=2 * self.timeout)  # torch would abort before our report
         self._try(lambda: network.connect(self.store, long_timeout), "meeting the other ranks")
         self._try(network.inside_node, "all-reduce inside the node")
         self._try(network.over_nodes, "all-reduce over all nodes")
@@ -112,14 +112,14 @@ class Preflight:
             check_start(self.config, shapes, self.deep)
 
     def _try(self, check: Callable[[], None], what: str) -> None:
-        """Run a check unless an earlier one failed; note its error, or that it hung."""
+        """Run a check unless an earlier one failed; record its error or its hang."""
         if self.finding.errors:
             return
 
         def body() -> None:
             try:
                 check()
-            except Exception as error:  # whatever a driver or a library raises is this node's finding
+            except Exception as error:  # any error of a driver or a library is this node's error
                 self.finding.errors.append(" ".join(f"{what}: {error}".split()))
 
         thread = threading.Thread(target=body, daemon=True)
@@ -129,7 +129,7 @@ class Preflight:
             self.finding.errors.append(f"{what}: hung for {self.timeout:.0f} s")
 
     def _report(self, stage: str) -> list[str]:
-        """Bring all findings to rank 0 and its verdict to all; the same ranks leave here together."""
+        """Collect all reports on rank 0 and send its verdict to all ranks."""
         store, rank = self.store, self.place.rank
         if rank != 0:
             store.set(f"{stage}/{rank}", json.dumps(asdict(self.finding)))
@@ -139,7 +139,7 @@ class Preflight:
             mine = [f"{self.finding.host} (rank {rank}): {e}" for e in self.finding.errors]
             return mine or [f"see rank 0's report, {hosts()[0]}"] * failed
         findings, late = self._collect(stage)
-        errors = [*late, *_grouped(findings), *(_odd_versions(findings) if stage == "node" else [])]
+        errors = [*late, *_grouped(findings), *(_version_differences(findings) if stage == "node" else [])]
         store.set(f"{stage}/verdict", "failed" if errors else "ok")
         deadline = time.monotonic() + 10
         while store.add(f"{stage}/seen", 0) < len(findings) - 1 and time.monotonic() < deadline:
@@ -162,7 +162,7 @@ class Preflight:
 
 
 def _grouped(findings: list[Finding]) -> list[str]:
-    """One line for all ranks of a node that say the same."""
+    """One line for all ranks of a node with the same error."""
     ranks: dict[tuple[str, str], list[int]] = defaultdict(list)
     for finding in findings:
         for error in finding.errors:
@@ -170,12 +170,12 @@ def _grouped(findings: list[Finding]) -> list[str]:
     return [f"{host} (rank {', '.join(map(str, r))}): {error}" for (host, error), r in ranks.items()]
 
 
-def _odd_versions(findings: list[Finding]) -> list[str]:
+def _version_differences(findings: list[Finding]) -> list[str]:
     """One line for each node and package that differs from rank 0's."""
-    first, odd = findings[0], set()
+    first, different = findings[0], set()
     for finding in findings[1:]:
         for package in first.versions.keys() | finding.versions.keys():
             theirs, ours = finding.versions.get(package, "absent"), first.versions.get(package, "absent")
             if theirs != ours:
-                odd.add(f"{finding.host}: {package} is {theirs}, but {ours} on {first.host}")
-    return sorted(odd)
+                different.add(f"{finding.host}: {package} is {theirs}, but {ours} on {first.host}")
+    return sorted(different)

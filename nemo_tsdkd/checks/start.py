@@ -1,4 +1,4 @@
-"""Whether training would start: weights, tokenizers and data as far as a few seconds and no GPU can tell.
+"""Check weights, tokenizers and data before training, in a few seconds and without a GPU.
 
 Reads the headers of weight files, both tokenizers, and the first rows of each data file.
 """
@@ -21,16 +21,16 @@ _AGAIN = "Download or import the model again."
 
 
 def check_start(config: TrainConfig, shapes: Mapping[str, ModelShape], deep: bool = False) -> list[str]:
-    """Check what `train` would meet after its configuration; return, in words, what could not be checked.
+    """Check what `train` reads after its configuration; return descriptions of what could not be checked.
 
     Args:
         shapes: what `check_setup` returned.
         deep: whether to read the weights and compare them with their manifests' digests, not names and sizes only.
 
     Raises:
-        UserError: the first thing that would keep training from its first step.
+        UserError: the first problem that would stop training before its first step.
     """
-    from nemo_tsdkd.data.rows import check_rows  # with torch, which this module's other users may do without
+    from nemo_tsdkd.data.rows import check_rows  # they import torch, which other users of this module do not need
     from nemo_tsdkd.data.tokenizer import Vocabulary, check_same_tokenizer, load_tokenizer
 
     require_creatable("run_dir", Path(config.run_dir))
@@ -49,7 +49,7 @@ def check_start(config: TrainConfig, shapes: Mapping[str, ModelShape], deep: boo
 
 
 def check_weights(folder: Path, deep: bool = False) -> None:
-    """Open every weight file of a model folder far enough to see that it is whole; reads no tensor unless `deep`.
+    """Check that every weight file of a model folder is complete, by its header; reads tensors only if `deep`.
 
     Raises:
         UserError: a file is missing, empty, cut short, quantized, or not as the folder's manifest says.

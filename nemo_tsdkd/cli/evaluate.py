@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from nemo_tsdkd.checkpoints.atomic import read_json, write_json
 from nemo_tsdkd.checkpoints.foreign import require_safe
 from nemo_tsdkd.checkpoints.model_folder import content_key, require_importable
-from nemo_tsdkd.checkpoints.transformers5 import readable_folder
+from nemo_tsdkd.checkpoints.transformers5 import transformers4_folder
 from nemo_tsdkd.checks.start import check_weights
 from nemo_tsdkd.config.compose import CONF
 from nemo_tsdkd.config.validation import UserError
@@ -133,7 +133,7 @@ def evaluate(
     check_tasks(tasks, manager, allow_code_execution)
     if allow_code_execution:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric requires it, too
-    with readable_folder(model) as folder:
+    with transformers4_folder(model) as folder:
         loaded = get_model("hf")(
             pretrained=str(folder),
             dtype="auto",

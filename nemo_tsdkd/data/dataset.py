@@ -1,4 +1,4 @@
-"""Prompts and responses: read, checked, tokenized once at set-up, and put in a reproducible order."""
+"""Read, check and tokenize prompts and responses once at set-up; draw them in a reproducible order."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class PromptDataset(Dataset[Sample]):
         than `seq_length` together with its prompt would lose its end: both are dropped and counted, never cut.
 
         Args:
-            vocabulary: that of the tokenizer, where responses are needed; a response is read up to its first EOS.
+            vocabulary: of the tokenizer, if responses are needed; a response is read up to its first EOS.
 
         Raises:
             UserError: no such file or hub data set, a bad row (with file and line), a tokenizer without chat

@@ -1,4 +1,4 @@
-"""The whole global batch as every rank knows it: the lengths of all rows, and how each model cuts them.
+"""The global batch on every rank: the lengths of all rows, and how they are split into each model's micro-batches.
 
 Rows are numbered in the order of the student's data-parallel ranks: `[rank 0's samples, rank 1's, ...]`.
 """
@@ -25,7 +25,7 @@ class GlobalBatch:
 
     Attributes:
         lengths: of each row its sample's index, its prompt's and its response's tokens; int64 `[G, 3]`.
-        tokens: int32 `[n, L]`, padded on the right: rows `first_row` to `first_row + n`, those this rank has seen.
+        tokens: int32 `[n, L]`, padded on the right: rows `first_row` to `first_row + n`, those that this rank holds.
     """
 
     lengths: Ints
@@ -42,9 +42,9 @@ class GlobalBatch:
         dp_group: dist.ProcessGroup,
         device: torch.device | str,
     ) -> GlobalBatch:
-        """Tell all data-parallel ranks the lengths of each one's rows, and with `with_tokens` the rows themselves.
+        """Gather the lengths of all data-parallel ranks' rows, and with `with_tokens` the rows too.
 
-        Collective over `dp_group`, whose ranks have equally many samples; `device` is the one its backend moves.
+        Collective over `dp_group`, whose ranks have equally many samples; `device` is the one of its backend.
         """
         mine = torch.tensor(
             [[s.index, len(s.prompt_ids), len(r)] for s, r in zip(samples, responses, strict=True)], device=device
@@ -57,9 +57,9 @@ class GlobalBatch:
             row[: len(sample.prompt_ids) + len(written)] = torch.tensor([*sample.prompt_ids, *written])
         if not with_tokens:
             return cls(lengths, tokens, first_row=dp_group.rank() * len(mine))
-        everyone = torch.empty(len(lengths), tokens.shape[1], dtype=torch.int32, device=device)
-        dist.all_gather_into_tensor(everyone, tokens.to(device), group=dp_group)
-        return cls(lengths, everyone.cpu())
+        all_tokens = torch.empty(len(lengths), tokens.shape[1], dtype=torch.int32, device=device)
+        dist.all_gather_into_tensor(all_tokens, tokens.to(device), group=dp_group)
+        return cls(lengths, all_tokens.cpu())
 
     @property
     def index(self) -> Ints:
@@ -86,7 +86,7 @@ class GlobalBatch:
         )
 
     def balanced_cut(self, data_parallel_size: int, micro_batch_size: int, multiple: int) -> Cut:
-        """Rows dealt out by length, each to the rank with the fewest tokens so far, so that all finish together."""
+        """Rows by descending length, each to the rank with the fewest tokens so far: all ranks finish together."""
         shares: list[list[int]] = [[] for _ in range(data_parallel_size)]
         tokens = np.zeros(data_parallel_size, dtype=np.int64)
         length = self.prompt + self.response
@@ -108,7 +108,7 @@ class GlobalBatch:
         return Cut(data, micro_batch, slot, width)
 
     def micro_batches(self, cut: Cut, data_rank: int, *, pad_id: int, device: torch.device | str) -> list[MicroBatch]:
-        """The micro-batches of one data-parallel rank under `cut`; this rank must have seen their rows."""
+        """The micro-batches of one data-parallel rank under `cut`; this rank must hold their rows."""
         mine = np.flatnonzero(cut.data == data_rank)
         mine = mine[np.lexsort((cut.slot[mine], cut.micro_batch[mine]))]
         chunks = np.split(mine, np.flatnonzero(np.diff(cut.micro_batch[mine])) + 1) if len(mine) else []

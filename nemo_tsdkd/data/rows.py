@@ -1,4 +1,4 @@
-"""One row of a data set, checked and tokenized; and the first rows of every file, before a job waits for GPUs."""
+"""Check and tokenize one row of a data set, and check the first rows of every file before a job waits for GPUs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.data.source import check_data, data_files
 from nemo_tsdkd.data.tokenizer import Vocabulary, response_text
 
-_ROWS, _FILES = 8, 8  # of the first files the first rows
+_ROWS, _FILES = 8, 8  # the first rows of the first files
 
 
 def check_rows(data_config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | None) -> bool:
-    """Encode the first rows of the data as training will; False where that would mean a download from the hub.
+    """Encode the first rows of the data as training does; False, without a check, for a data set of the hub.
 
     Args:
-        vocabulary: that of the tokenizer, where responses are needed.
+        vocabulary: of the tokenizer, if responses are needed.
 
     Raises:
         UserError: a file that cannot be read, or a bad row (with file and line).
@@ -87,13 +87,13 @@ def encode_row(
         row = _parse_line(row["text"], where)
     column = data_config.prompt_column
     if column == "prompt" and "prompt" not in row and "instruction" in row:
-        column = "instruction"  # as half of the public instruction data calls its prompts
+        column = "instruction"  # the name in half of the public instruction data
     prompt = _text(row, column, where)
     if data_config.apply_chat_template:
         message = {"role": "user", "content": prompt}
         try:
             prompt_ids = tokenizer.apply_chat_template([message], add_generation_prompt=True)
-        except Exception as error:  # a template is a program, and fails as programs do
+        except Exception as error:  # a template is a program and may raise anything
             raise UserError(
                 f"{where}: the tokenizer's chat template fails on the prompt ({type(error).__name__}: {error!s:.120}). "
                 "Mend the template or the row, or set data.apply_chat_template=false."
@@ -110,17 +110,17 @@ def _response_ids(
     row: dict[str, Any], data_config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, where: str
 ) -> list[int]:
     if "response_ids" in row:
-        return vocabulary.first_response(_written_ids(row, data_config, tokenizer, vocabulary, where))
+        return vocabulary.first_response(_generated_ids(row, data_config, tokenizer, vocabulary, where))
     text = _text(row, data_config.response_column, where)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return vocabulary.first_response([*ids, tokenizer.eos_token_id])
 
 
-def _written_ids(
+def _generated_ids(
     row: dict[str, Any], data_config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, where: str
 ) -> list[int]:
-    """The tokens that `nemo-tsdkd generate` sampled: a truncated response has no EOS, and the text, tokenized anew,
-    may be cut in other places."""
+    """The tokens that `nemo-tsdkd generate` sampled: a truncated response has no EOS, and tokenizing the text
+    again may give other tokens."""
     ids = row["response_ids"]
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocabulary.size for i in ids):
         raise UserError(

@@ -1,4 +1,4 @@
-"""The tokenizer that both models answer to: read from a checkpoint's folder, compared, and told apart from padding."""
+"""The tokenizer of both models: load it from a checkpoint's folder, compare two, and find the true vocabulary."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from nemo_tsdkd.checkpoints.atomic import read_json
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS
 from nemo_tsdkd.checkpoints.run_record import content_digest
-from nemo_tsdkd.checkpoints.transformers5 import readable_folder
+from nemo_tsdkd.checkpoints.transformers5 import transformers4_folder
 from nemo_tsdkd.config.validation import UserError
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The token ids that exist. A model's rows and logit columns from `size` on are padding, without probability."""
+    """The token ids of the tokenizer. A model's rows and logit columns from `size` on are padding."""
 
     size: int
     pad_id: int
@@ -25,10 +25,10 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> Vocabulary:
-        """That of the tokenizer in `path`: responses end with its EOS or with one of `generation_config.json`.
+        """The vocabulary of the tokenizer in `path`. Responses end with its EOS or an EOS of `generation_config.json`.
 
         Raises:
-            UserError: it has no EOS, or the file names one that it does not have.
+            UserError: the tokenizer has no EOS, or the file names an id that it does not have.
         """
         if tokenizer.eos_token_id is None:
             raise UserError(f"{path}: its tokenizer has no EOS token, so no response could end. Set eos_token.")
@@ -47,10 +47,10 @@ class Vocabulary:
         return cls(size=size, pad_id=eos_ids[0], eos_ids=eos_ids)
 
     def require_rows(self, **models: int) -> None:
-        """Raise UserError unless each model, by its name, has a row for every id: padding would be trained as text.
+        """Raise UserError unless each model has an embedding row for every id; else padding would be trained as text.
 
         Args:
-            models: rows of a model's embedding in its checkpoint.
+            models: rows of each model's embedding in its checkpoint, by the model's name.
         """
         for which, rows in models.items():
             if rows < self.size:
@@ -60,30 +60,30 @@ class Vocabulary:
                 )
 
     def ends(self, token_ids: list[int]) -> bool:
-        """Whether a response ended by itself and not at a length limit."""
+        """Whether a response ends with an EOS, not at a length limit."""
         return bool(token_ids) and token_ids[-1] in self.eos_ids
 
     def first_response(self, token_ids: list[int]) -> list[int]:
-        """The response as far as its first EOS, which is its last token; what follows is no part of it."""
+        """The response up to and with its first EOS."""
         end = next((i for i, token in enumerate(token_ids) if token in self.eos_ids), len(token_ids))
         return token_ids[: end + 1]
 
 
 def tokenizer_folder(path: str | Path) -> Path:
     """The folder inside a Hugging Face or NeMo checkpoint folder that holds the tokenizer's files."""
-    inside = [Path(path, HF_ASSETS), Path(path, "context", "nemo_tokenizer")]  # of our import; of NeMo's own
+    inside = [Path(path, HF_ASSETS), Path(path, "context", "nemo_tokenizer")]  # of our import; of NeMo's
     return next((folder for folder in inside if folder.is_dir()), Path(path))
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local checkpoint folder. No code from the folder is run. UserError where it has none."""
+    """The tokenizer of a local checkpoint folder. No code from the folder is run. UserError if there is none."""
     folder = tokenizer_folder(path)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder. Give a local Hugging Face or NeMo folder.")
-    with readable_folder(folder) as readable:
+    with transformers4_folder(folder) as translated:
         try:
-            return AutoTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
-        except Exception as e:  # transformers' own errors are of every class, tokenizers' of none
+            return AutoTokenizer.from_pretrained(translated, local_files_only=True, trust_remote_code=False)
+        except Exception as e:  # transformers raises errors of many classes, tokenizers bare Exception
             reason = f"{' '.join(str(e).split()):.160}"  # transformers lists every model type it knows
             raise UserError(
                 f"{folder}: has no tokenizer that transformers can load ({reason}). Copy the model's tokenizer into it."
@@ -95,12 +95,12 @@ def response_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> s
     return tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
-# What the two models must agree in beside the vocabulary, and a resumed run with its beginning.
+# Besides the vocabulary, both models must agree on these, and a resumed run with its start.
 _SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template")
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of vocabulary, special ids and chat template, wherever the tokenizer's files lie."""
+    """Digest of vocabulary, special ids and chat template, not of the files' paths."""
     settings = {name: getattr(tokenizer, name) for name in _SETTINGS}
     return content_digest({"vocabulary": tokenizer.get_vocab(), "settings": settings})
 

@@ -1,8 +1,8 @@
-"""The teacher's hidden states on their way: from the ranks that computed them to those whose loss needs them.
+"""Send the teacher's hidden states from the ranks that computed them to the ranks whose loss needs them.
 
-Every rank computes the same table of all response positions from the rows' lengths, so that no size is ever sent.
-Each position travels once, to one rank: where the student's tensor-parallel ranks all need it (no sequence
-parallelism), each gets a share, and they gather them when the loss is taken.
+Every rank computes the same table of all response positions from the rows' lengths, so no sizes are sent. Each position
+is sent once, to one rank: if all of the student's tensor-parallel ranks need it (no sequence parallelism), each
+receives a share, and they gather the shares before the loss.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nemo_tsdkd.distributed.layout import Cut, Ints, Layout, Places, index_in_gr
 
 @dataclass(frozen=True)
 class Transfer:
-    """One rank's part in the exchange for one of the student's micro-batches.
+    """One rank's part of the exchange for one of the student's micro-batches.
 
     Attributes:
         send: rows of the rank's teacher buffer, in the order of the ranks they go to.
@@ -34,12 +34,12 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Handover:
-    """One step's exchange, as one rank sees it.
+    """One rank's part of one step's exchange.
 
     Attributes:
-        transfers: one for each of the student's micro-batches; all ranks have as many.
+        transfers: one for each of the student's micro-batches, equally many on all ranks.
         rows_held: response positions that this rank's teacher shard computes, in the order of its micro-batches.
-        rows_moved: positions of all ranks that change ranks in this step.
+        rows_moved: positions that are sent to another rank in this step, over all ranks.
     """
 
     transfers: list[Transfer]
@@ -56,7 +56,7 @@ class Handover:
         rank: int,
         world_size: int,
     ) -> Handover:
-        """Who sends what to whom.
+        """Compute what each rank sends to which rank.
 
         Args:
             starts, lengths: first response position and number of response positions of each row, `[G]`.
@@ -72,7 +72,7 @@ class Handover:
 
         layout = student[0]
         tensor = needed.shard
-        if not layout.sequence_parallel:  # every tensor-parallel rank gets a run of the micro-batch's positions
+        if not layout.sequence_parallel:  # every tensor-parallel rank gets consecutive positions of the micro-batch
             group = (needed.data, needed.context, needed.micro_batch)
             tensor = index_in_group(*group) // share_size(_group_sizes(*group), layout.tensor)
         target = layout.last_stage(tensor, needed.context, needed.data)
@@ -100,7 +100,7 @@ class Handover:
         transfer = self.transfers[micro_batch]
         sent = _rows_of(buffer, transfer.send)
         if not self.rows_moved:
-            return sent  # all of it from this rank, in the order of the share
+            return sent  # all rows are this rank's own, in the order of the share
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else buffer.device
         sent = sent.to(device)
         received = sent.new_empty(len(transfer.order), buffer.shape[1])
@@ -111,7 +111,7 @@ class Handover:
 
 
 def _rows_of(buffer: Tensor, index: Tensor) -> Tensor:
-    """Some rows of a tensor, without a copy where they are neighbours."""
+    """Some rows of a tensor, without a copy if they are consecutive."""
     first, count = int(index[0]) if len(index) else 0, len(index)
     if torch.equal(index, torch.arange(first, first + count)):
         return buffer[first : first + count]

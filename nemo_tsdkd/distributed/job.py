@@ -70,11 +70,11 @@ def job_groups(config: TrainConfig) -> Iterator[Job]:
         timeout=COLLECTIVE_TIMEOUT,
     )
     os.environ["WORLD_SIZE"] = str(members)  # Lightning compares it with its own devices x nodes
-    host_group: Any = dist.ProcessGroupGloo(dist.PrefixStore("messages", store), rank, world_size, LONG_TIMEOUT)
+    host_group: Any = dist.ProcessGroupGloo(dist.PrefixStore("host", store), rank, world_size, LONG_TIMEOUT)
     device_group = host_group
     if torch.cuda.is_available():
         options = dist.ProcessGroupNCCL.Options()
-        device_group = dist.ProcessGroupNCCL(dist.PrefixStore("everyone", store), rank, world_size, options)
+        device_group = dist.ProcessGroupNCCL(dist.PrefixStore("device", store), rank, world_size, options)
     yield Job(rank, world_size, device_group, host_group, teacher_only)
     host_group.allreduce([torch.zeros(1)]).wait()  # no rank leaves before the others are done
     dist.destroy_process_group()

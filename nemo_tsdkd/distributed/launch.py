@@ -1,7 +1,7 @@
 """This process's rank: read once, before anything initialises torch.distributed.
 
 torchrun's variables are used as they are. Under `srun` they are derived from Slurm's, so that one command works on
-every cluster without torchrun; pyxis and enroot set some of them for PyTorch's images, and those are replaced.
+every cluster without torchrun; pyxis and enroot set some of them for PyTorch's images; these values are replaced.
 Imports no torch.
 """
 

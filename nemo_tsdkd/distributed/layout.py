@@ -84,7 +84,7 @@ class Cut:
         data: the data-parallel rank that computes a row.
         micro_batch: which of that rank's micro-batches it is in.
         slot: its row there.
-        width: tokens the micro-batch is padded to, a multiple of what sequence and context shards need.
+        width: tokens the micro-batch is padded to, a multiple of what sequence and context parallelism need.
     """
 
     data: Ints
@@ -95,11 +95,11 @@ class Cut:
 
 @dataclass(frozen=True)
 class Places:
-    """Where E response positions lie on a model's last pipeline stage; int64 arrays `[E]`.
+    """Which ranks of a model's last pipeline stage hold E response positions; int64 arrays `[E]`.
 
     Attributes:
         data, context: coordinates of the rank.
-        shard: its tensor-parallel rank under sequence parallelism, else 0: then all tensor-parallel ranks hold it.
+        shard: its tensor-parallel rank under sequence parallelism, else 0, and all tensor-parallel ranks hold it.
         micro_batch: of that rank.
         key: sorts the positions of all ranks by (data, context, shard, micro-batch, row, position).
     """
@@ -139,7 +139,7 @@ def _zig_zag(positions: Ints, width: Ints, context: int) -> tuple[Ints, Ints]:
 
 
 def index_in_group(*groups: Ints) -> Ints:
-    """For entries sorted by `groups`: how many before each are of its own group."""
+    """For entries sorted by `groups`: the number of entries before it in its group."""
     count = np.arange(len(groups[0]))
     first = np.ones(len(count), dtype=bool)
     first[1:] = np.any([g[1:] != g[:-1] for g in groups], axis=0)

@@ -1,4 +1,4 @@
-"""What the terminal shows: the lines of the program itself. What libraries print, and tracebacks, go to a log file."""
+"""Output: the program's own lines go to the terminal; output of libraries and tracebacks go to a log file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _terminal: TextIO | None = None
 
 
 def terminal() -> TextIO:
-    """Where the user's lines go: standard error, also while the libraries' is a log file."""
+    """Standard error, also while the output of libraries goes to a log file."""
     return _terminal or sys.stderr
 
 
@@ -26,8 +26,8 @@ def terminal_descriptor() -> int:
 
 @contextmanager
 def redirect_library_output(log: Path) -> Iterator[None]:
-    """Append to `log` all that this process and those it starts print, and the traceback of an error, which gets a note
-    that names the file. Our own log messages go to the terminal, too. An empty log is removed."""
+    """Append to `log` the output of this process and its children, and the traceback of an error. The error gets a note
+    that names the file. Our own log messages go to the terminal too. An empty log is removed."""
     global _terminal
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush(), sys.stderr.flush()
@@ -42,7 +42,7 @@ def redirect_library_output(log: Path) -> Iterator[None]:
                 os.dup2(file.fileno(), descriptor)
         yield
     except BaseException as error:
-        with suppress(OSError):  # its disk may be the one that is full
+        with suppress(OSError):  # the log's disk may be full
             os.write(2, traceback.format_exc().encode(errors="replace"))
         error.add_note(f"More in {log}.")
         raise
@@ -55,6 +55,6 @@ def redirect_library_output(log: Path) -> Iterator[None]:
         for descriptor, original in zip((1, 2), saved, strict=True):
             os.dup2(original, descriptor)
             os.close(original)
-        with suppress(FileNotFoundError):  # another rank may share it, and be first
+        with suppress(FileNotFoundError):  # another rank may share it and remove it first
             if log.stat().st_size == 0:
                 log.unlink()

@@ -1,6 +1,6 @@
-"""Requests to stop: which signals they are, and what they do before there is anything to save. Imports no torch.
+"""Stop signals: which they are, and how they end a process before training begins. Imports no torch.
 
-Once training runs, `megatron/callbacks.py` answers them: it saves after the running step.
+During training `megatron/callbacks.py` handles them: it saves after the running step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import FrameType
 from nemo_tsdkd.distributed.launch import by_torchrun
 from nemo_tsdkd.distributed.output import terminal_descriptor
 
-# A cluster's, a user's Ctrl-C, and a terminal that is closed.
+# Sent by a cluster (the first two), by Ctrl-C, and by a terminal that closes.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _BY_HAND = (signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -33,14 +33,14 @@ class Stopped:
 
     @property
     def exit_status(self) -> int:
-        """0 for a cluster's request, which is no failure; a shell's 128 + n for a person's, so that a script stops."""
+        """0 for a cluster's signal, which is no failure; 128 + n, as in a shell, for a user's: a script stops."""
         return 128 + self.signum if self.signum in _BY_HAND else 0
 
 
 def handle_stop_signals(handler: Handler) -> None:
-    """Answer each stop signal with `handler`; after a first SIGINT, a second one ends the process at once.
+    """Install `handler` for each stop signal; a second SIGINT ends the process at once.
 
-    What the parent ignores stays ignored: `nohup` means the run to outlive its terminal.
+    SIGINT and SIGHUP stay ignored if the parent ignores them, as `nohup` does.
     """
 
     def once(signum: int, frame: FrameType | None) -> None:
@@ -53,10 +53,10 @@ def handle_stop_signals(handler: Handler) -> None:
 
 
 def exit_on_stop_signals(command: str, prints: bool) -> None:
-    """Until training begins, let a stop signal end this process: there is nothing to save.
+    """Until training begins, end this process on a stop signal: there is nothing to save.
 
     Args:
-        command: what to type to start again.
+        command: the command line that starts it again.
         prints: whether this rank writes the line to stderr.
     """
 
@@ -70,8 +70,8 @@ def exit_on_stop_signals(command: str, prints: bool) -> None:
 
 
 def end_with_torchrun() -> None:
-    """Get SIGTERM when torchrun, this rank's parent, ends without a word to its ranks, as SIGUSR1 makes it do: they
-    would train on, unseen, and fight with the next attempt for GPUs and run folder."""
+    """Get SIGTERM when torchrun, this rank's parent, ends without stopping its ranks, as it does on SIGUSR1. Else they
+    would go on training and occupy the GPUs and the run folder of the next attempt."""
     if by_torchrun():
         parent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

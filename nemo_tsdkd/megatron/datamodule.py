@@ -1,4 +1,4 @@
-"""Feeds samples to NeMo: Megatron's sampler gives each data-parallel rank its share and counts what was consumed."""
+"""Samples for NeMo: Megatron's sampler gives each data-parallel rank its share and counts consumed samples."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SampleModule(pl.LightningDataModule):
         return {"consumed_samples": self.data_sampler.compute_consumed_samples(steps), "order": self._order()}
 
     def _order(self) -> dict[str, int | str]:
-        """What the order of samples depends on, by the field that sets it; 64 prompts represent the data."""
+        """What the order of samples depends on, by configuration field; 64 prompts represent the data."""
         rows = len(self.dataset)
         some = [self.dataset[i * rows // 64].prompt_ids for i in range(64)]
         return {

@@ -152,9 +152,9 @@ class TSDKDStrategy(nl.MegatronStrategy):
         mine = torch.tensor([[len(r.token_ids), r.truncated] for r in responses], dtype=torch.float64)
         mine = mine.to(torch.cuda.current_device())
         group = parallel_state.get_data_parallel_group()
-        everyone = mine.new_empty(group.size() * len(mine), 2)
-        dist.all_gather_into_tensor(everyone, mine, group=group)
-        lengths, truncated = everyone.unbind(1)
+        gathered = mine.new_empty(group.size() * len(mine), 2)
+        dist.all_gather_into_tensor(gathered, mine, group=group)
+        lengths, truncated = gathered.unbind(1)
         return {
             "response_length_mean": lengths.mean().item(),
             "response_length_p95": lengths.quantile(0.95).item(),

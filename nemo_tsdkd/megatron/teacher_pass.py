@@ -15,11 +15,11 @@ from nemo_tsdkd.config.schema import ParallelConfig, TeacherConfig
 from nemo_tsdkd.data.batch import MicroBatch
 from nemo_tsdkd.megatron.checkpoints.load import frozen_model
 from nemo_tsdkd.megatron.gpt import context_parallel_slice, head_weight, hidden_states_only, sequence_shard
-from nemo_tsdkd.megatron.world import ModelParallelState
+from nemo_tsdkd.megatron.parallel_states import ModelParallelState
 
 
 class TeacherPass:
-    """The teacher's module and what keeps it apart from the student's.
+    """The teacher's module with its own parallel state.
 
     Args:
         gpt_config: NeMo GPT config of the teacher, its parallel sizes and dtypes set.
@@ -39,12 +39,12 @@ class TeacherPass:
         keep_head: bool,
     ) -> None:
         self.teacher_config = teacher_config
-        self.world = ModelParallelState(parallel)
-        with self.world.entered():
+        self.parallel_state = ModelParallelState(parallel)
+        with self.parallel_state.active():
             self.module = frozen_model(gpt_config, checkpoint)
-            self.module.set_is_first_microbatch()  # FP8: quantize these weights, not what a cache remembers
+            self.module.set_is_first_microbatch()  # FP8: quantize these weights instead of using cached ones
             if not keep_head and self.module.post_process and not self.module.share_embeddings_and_output_weights:
-                self.module.output_layer = None  # the loss reads the head from another place: free its memory
+                self.module.output_layer = None  # the loss has its own copy of the head: free this one
             head = head_weight(self.module) if keep_head and self.module.post_process else None
         self._offloaded = OffloadedWeights(self.module, keep=head) if teacher_config.offload_weights else None
 
@@ -62,7 +62,7 @@ class TeacherPass:
 
         Args:
             micro_batches: this data-parallel rank's, whole rows.
-            rows: how many there are: none off the last stage.
+            rows: their number; 0 on all stages but the last.
         """
         if self._offloaded:
             self._offloaded.restore()
@@ -71,9 +71,9 @@ class TeacherPass:
         kept = torch.empty(
             rows, hidden, dtype=dtype, device="cpu" if host else torch.cuda.current_device(), pin_memory=host
         )
-        with self.world.entered(), hidden_states_only(self.module):
+        with self.parallel_state.active(), hidden_states_only(self.module):
             parts = [context_parallel_slice(batch) for batch in micro_batches]
-            free = [kept]  # what is still to be filled
+            free = [kept]  # the rows that are not filled yet
 
             def forward_step(parts: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
                 part = next(parts)
@@ -99,7 +99,7 @@ class TeacherPass:
                     forward_only=True,
                     collect_non_loss_data=True,
                 )
-            assert len(free[0]) == 0, "the plan counts what the masks hold"
+            assert len(free[0]) == 0, "the plan and the masks count the same positions"
         if self._offloaded:
             self._offloaded.release()
         if host:
@@ -120,7 +120,7 @@ class OffloadedWeights:
         for parameter, host in zip(self._parameters, self._host, strict=True):
             parameter.data = host  # frees the device copy
         for part in self._module.modules():
-            getattr(part, "_fp8_workspaces", {}).clear()  # Transformer Engine's; made anew in the pass's first batch
+            getattr(part, "_fp8_workspaces", {}).clear()  # Transformer Engine's; created again in the first micro-batch
 
     def restore(self) -> None:
         for parameter, host in zip(self._parameters, self._host, strict=True):

@@ -84,9 +84,9 @@ def train(config: TrainConfig) -> Stopped | None:
 
 
 def run_teacher_rank(config: TrainConfig, job: Job) -> None:
-    """What a rank of the teacher's own nodes does: its part of the teacher's passes, until the student's ranks end.
+    """Run a rank of the teacher's own nodes until the student's ranks end.
 
-    It begins after them, so that they have imported what both sides load, and they alone decide when to stop.
+    It begins after they have imported both models. It ignores stop signals: the student's ranks decide when to stop.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -100,7 +100,7 @@ def run_teacher_rank(config: TrainConfig, job: Job) -> None:
 
 
 def load_vocabulary(config: TrainConfig) -> tuple[Vocabulary, PreTrainedTokenizerBase]:
-    """The student's tokenizer and its vocabulary. Raises UserError where the teacher's tokenizer is another one."""
+    """The student's tokenizer and its vocabulary. Raises UserError if the teacher's tokenizer differs."""
     tokenizer = load_tokenizer(config.student.path)
     check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.path))
     return Vocabulary.of(tokenizer, config.student.path), tokenizer
@@ -109,7 +109,7 @@ def load_vocabulary(config: TrainConfig) -> tuple[Vocabulary, PreTrainedTokenize
 def _begin_attempt(
     config: TrainConfig, checkpoint: Path | None, damaged: dict[Path, str], student: Path, tokenizer: str
 ) -> RunRecord:
-    """Write down what this attempt trains and with which settings; the run's record. Call it on rank 0.
+    """Record this attempt's models and settings; return the run's record. Call it on rank 0.
 
     Raises:
         UserError: the run has trained another student, or for another tokenizer.
@@ -117,7 +117,7 @@ def _begin_attempt(
     run_dir = Path(config.run_dir)
     record = open_record(run_dir, checkpoint, student_digest(student), tokenizer)
     for folder in filter(was_saved, damaged):
-        set_aside(folder)  # it could count again at a later resume, when the run has gone another way
+        set_aside(folder)  # it must not be resumed from later, after the run has written other steps
     where = f"resumes from {checkpoint.name}" if checkpoint else "begins at step 1"
     changes = changed_settings(run_dir, config)
     logger.info("%s: %s%s", run_dir, where, " with other settings:" if changes else ".")
@@ -128,7 +128,7 @@ def _begin_attempt(
 
 
 def _write_final_files(run_dir: Path, max_steps: int, step: int) -> None:
-    """Write what a run writes at its end: an attempt may have been killed after its last checkpoint and before that."""
+    """Write the final files of a run: an attempt may have been killed between its last checkpoint and them."""
     if dist.get_rank() == 0:
         metrics_logger = MetricsLogger(run_dir, max_steps, progress=False, resume_step=step)
         metrics_logger.close({"steps": step, "finished": True})
@@ -160,7 +160,7 @@ def model_files(config: TrainConfig, vocabulary: Vocabulary) -> Checkpoints:
     """Both models' checkpoints and configurations, each in its layout and with one padded vocabulary.
 
     Raises:
-        UserError: a checkpoint that is none, a model without rows for the vocabulary, or an objective that the
+        UserError: a folder that is no checkpoint, a model without rows for the vocabulary, or an objective that the
             vocabulary does not allow.
     """
     cache = Path(config.run_dir) / "imported"
@@ -232,10 +232,10 @@ def build_trainer(config: TrainConfig, callbacks: list[Any]) -> nl.Trainer:
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=on_gpu,
-            overlap_param_gather=False,  # the rollout reads the weights between steps: they must be whole
+            overlap_param_gather=False,  # the rollout reads the weights between steps: all must be there
         ),
     )
-    strategy.log_train_loss = False  # the strategy reports its own, reduced over the whole world
+    strategy.log_train_loss = False  # the strategy reports its own, reduced over all ranks
     return nl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=p.gpus_per_node,

@@ -141,12 +141,12 @@ class FusedHead:
 
     def tiles(self, teacher: bool = True) -> Iterator[LogitsTile]:
         """Runs of true columns over all tokens, divided by the temperature; the caller may overwrite them."""
-        dtype, everyone = compute_dtype(self.student.dtype), slice(0, self.num_tokens)
+        dtype, all_rows = compute_dtype(self.student.dtype), slice(0, self.num_tokens)
         for columns in self._columns():
             models = [_product(self.student, self.student_weight[columns], dtype)]
             if teacher:
                 models.append(_product(self.teacher, self._teacher_rows(columns), dtype))
-            yield everyone, columns, [_scaled_(z, self.temperature) for z in models]
+            yield all_rows, columns, [_scaled_(z, self.temperature) for z in models]
 
     def _columns(self) -> Iterator[slice]:
         if not self.num_tokens:

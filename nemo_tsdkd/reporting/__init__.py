@@ -1,1 +1,1 @@
-"""What a run leaves for its user."""
+"""Files that a run writes for its user: metrics, plots, provenance."""

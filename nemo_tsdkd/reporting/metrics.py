@@ -1,4 +1,4 @@
-"""What a run leaves for its user: metrics.jsonl, TensorBoard, a progress bar, plots, summary and provenance."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, a progress bar, plots and a summary."""
 
 from __future__ import annotations
 

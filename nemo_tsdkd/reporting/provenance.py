@@ -1,7 +1,4 @@
-"""What made a run: the resolved configuration of each attempt, the packages' versions, the git revision.
-
-Needs no torch to import.
-"""
+"""Provenance of a run: each attempt's resolved configuration, package versions, git revision. No torch on import."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ _ABSENT = object()
 
 
 def save_provenance(run_dir: str | Path, config: TrainConfig) -> None:
-    """Write what made the run: config.yaml (every field resolved) and versions.json (packages, git revision).
+    """Write config.yaml (every field resolved) and versions.json (packages, git revision).
 
     `attempts/N.yaml` keeps the configuration of each attempt; config.yaml is that of the last one.
     """
@@ -38,8 +35,8 @@ def save_provenance(run_dir: str | Path, config: TrainConfig) -> None:
 
 
 def changed_settings(run_dir: str | Path, config: TrainConfig) -> list[str]:
-    """Fields that differ from those of the run's last attempt, each as "field: before -> now"; one line that says so
-    where the last configuration cannot be read. Empty for a new run."""
+    """Fields that differ from those of the run's last attempt, each as "field: before -> now"; one line with a message
+    if the last configuration cannot be read. Empty for a new run."""
     path = Path(run_dir, "config.yaml")
     if not path.exists():
         return []

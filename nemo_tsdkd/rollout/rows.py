@@ -1,9 +1,8 @@
 """The state of a decoding batch on the device: fixed tensors that every decode step reads and writes in place.
 
-A step takes nothing from the host and returns nothing to it: whether a row ends is decided here, and the host reads
-once a window what the rows wrote. So a step is the same device work at the same addresses each time, which is what a
-CUDA graph replays. A row that ended stays where it is until the host takes it away; what it computes until then is
-thrown away, and no other row ever reads it.
+A step exchanges nothing with the host: the device decides whether a row ends, and the host reads the rows' tokens once
+a window. So each step is the same device work at the same addresses, which a CUDA graph can replay. A row that has
+ended stays until the host removes it; its results until then are discarded, and no other row reads them.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ class Rows:
     """`rows` rows of a batch over windows of at most `window` decode steps. Pass 0 of a window is its prefills.
 
     Attributes, all int64 [rows]:
-        tokens: drawn last, and what the next step feeds.
+        tokens: drawn last; the input of the next step.
         positions: of these tokens; before a row's first token, of its prompt's last one.
         left: how many tokens the row may still write; 0 or less: it has ended.
     """
@@ -35,8 +34,8 @@ class Rows:
         self._ends = torch.tensor([*eos_ids, NO_TOKEN], dtype=torch.int64, device=device)  # tokens that end a row
         self._pass = zeros(1)  # the running one
         self._passes = torch.arange(window + 1, device=device)[:, None]
-        self._noise = zeros(window + 1, rows)  # keys of what each row draws in each pass
-        self._history = zeros(window + 1, rows)  # what each row wrote in each pass
+        self._noise = zeros(window + 1, rows)  # keys of each row's noise in each pass
+        self._history = zeros(window + 1, rows)  # each row's token of each pass
 
     def load(self, rows: Sequence[Row], sample_keys: Tensor) -> None:
         """Begin a window with these rows: one copy to the device.
@@ -57,15 +56,14 @@ class Rows:
         self._pass.zero_()
 
     def noise(self, rows: slice) -> Tensor:
-        """Keys of the noise that the next token of each row is drawn with: of its sample and its place in the
-        response."""
+        """Keys of the noise for the next token of each row: they depend on its sample and its place in the response."""
         return self._noise[:, rows].index_select(0, self._pass)[0]
 
     def next_pass(self) -> None:
         self._pass.add_(1)
 
     def advance(self, rows: slice) -> None:
-        """Take in the `tokens` that were drawn: write them down where a row lives, and end each row or move it on."""
+        """Record the drawn `tokens` of rows that have not ended; end each row or advance its position."""
         tokens, left = self.tokens[rows], self.left[rows]
         self._history[:, rows].index_copy_(0, self._pass, tokens.masked_fill(left <= 0, NOTHING)[None])
         left.sub_(1)
@@ -74,6 +72,6 @@ class Rows:
         tokens.clamp_(min=0)  # NO_TOKEN has no embedding
 
     def read(self, rows: int, steps: int) -> list[list[int]]:
-        """What the first `rows` rows wrote in the prefills and in each of the window's `steps` steps. The one wait for
+        """Tokens of the first `rows` rows in the prefills and in each of the window's `steps` steps. The only wait for
         the device in a window."""
         return self._history[: steps + 1, :rows].tolist()

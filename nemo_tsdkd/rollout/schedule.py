@@ -1,9 +1,8 @@
-"""What a rollout decides before and after the model runs: who is decoded when, and what counts as a response.
+"""Schedule of a rollout: which sequence is decoded when, and when a response ends. Independent of the model.
 
-Nothing here knows a model. `Schedule` plays continuous batching over the rows of a KV cache: prompts wait, longest
-first; the rows in use are always the first ones; when an eighth of the batch is free, waiting prompts are prefilled
-together. It learns what was written once a window of several decode steps: a sequence that ends within a window keeps
-its row until the window's end.
+`Schedule` does continuous batching over the rows of a KV cache: prompts wait, longest first; the rows in use are always
+the first ones; when an eighth of the batch is free, waiting prompts are prefilled together. It receives tokens once a
+window of several decode steps: a sequence that ends within a window keeps its row until the window's end.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from nemo_tsdkd.config.integers import round_up
 
 REFILL_SHARE = 8  # prefill when 1/8 of the rows is free: one pass for several prompts
 PREFILL_TOKENS = 16384  # most tokens, padding included, of one prefill pass: bounds its activations
-NOTHING = -2  # in place of a token where a row, having ended, wrote none; -1 is sampling.NO_TOKEN
+NOTHING = -2  # in place of a token if the row has ended; -1 is sampling.NO_TOKEN
 
 
 @dataclass(frozen=True)
 class Response:
-    """What the model wrote after a prompt, the first end-of-sequence token included."""
+    """The generated tokens after a prompt, with the first end-of-sequence token."""
 
     token_ids: list[int]
     truncated: bool  # a length limit came before any end-of-sequence token
@@ -37,21 +36,21 @@ class Prefill:
 
 
 class Row(NamedTuple):
-    """Where the sequence in one row of the cache stands."""
+    """State of the sequence in one row of the cache."""
 
     sequence: int  # index of its prompt
-    token: int  # written last and fed next; 0 before the first
+    token: int  # generated last, the next input; 0 before the first
     position: int  # of that token, or of the prompt's last one before the first is written
     written: int  # tokens of the response so far
     limit: int  # most tokens of the response
 
 
 def interleave(parts: Sequence[Sequence[Response]]) -> list[Response]:
-    """What was dealt out as `everything[i :: n]` to part `i`, in order again."""
-    everything: list[Any] = [None] * sum(map(len, parts))
+    """The items in order, where part `i` holds `items[i :: n]`."""
+    items: list[Any] = [None] * sum(map(len, parts))
     for i, part in enumerate(parts):
-        everything[i :: len(parts)] = part
-    return everything
+        items[i :: len(parts)] = part
+    return items
 
 
 def row_bucket(rows: int, most: int) -> int:
@@ -63,7 +62,7 @@ class Schedule:
     """Continuous batching of `prompts` over `batch_size` cache rows.
 
     Until `finished`: run what `admit()` returns, then one decode step over `rows()` for each element of `window()`, and
-    hand what was written to `record()`.
+    pass the tokens to `record()`.
 
     Raises:
         ValueError: an empty prompt, or one that leaves no room for a response within `max_length`.
@@ -102,7 +101,7 @@ class Schedule:
         return max((len(p) + n - 1 for p, n in zip(self.prompts, self.limits, strict=True)), default=0)
 
     def admit(self) -> list[Prefill]:
-        """Passes over waiting prompts, which now hold rows; none unless enough rows are free."""
+        """Prefill passes over waiting prompts, which get rows; none unless enough rows are free."""
         passes = []
         while self.waiting:
             free = self.batch_size - len(self.live)
@@ -137,8 +136,8 @@ class Schedule:
         return [max(min(first + step + 1, end) for first, end in ranges) for step in range(steps)]
 
     def record(self, history: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-        """Append what each pass of a window wrote, a list of a token a row each (NOTHING where there is none); drop
-        the sequences that ended.
+        """Append the tokens of each pass of a window, one a row (NOTHING where there is none); remove sequences
+        that ended.
 
         Returns:
             (source, target) rows the cache must copy, in this order, to close the gaps.

@@ -89,7 +89,7 @@ def look_at_a_pass(config: TrainConfig) -> dict:
         after = student_state()
         seen["passes"] += 1
         seen["changed"] |= {name for name in before if before[name] is not after[name] and before[name] != after[name]}
-        with self._pass.world.entered():
+        with self._pass.parallel_state.active():
             seen["other"] += (
                 student_state()["_TENSOR_MODEL_PARALLEL_GROUP"] is not before["_TENSOR_MODEL_PARALLEL_GROUP"]
             )

@@ -91,11 +91,11 @@ def test_an_export_is_what_transformers_5_wrote(model_type, folders, tmp_path):
 def test_the_installed_transformers_reads_the_translation_as_transformers_5_does(model_type, folders, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nemo_tsdkd.checkpoints.transformers5 import readable_folder
+    from nemo_tsdkd.checkpoints.transformers5 import transformers4_folder
 
     source, checkpoint = folders(model_type)
     stored = load_file(DATA / model_type / "logits.safetensors")
-    with readable_folder(source) as folder, torch.no_grad():
+    with transformers4_folder(source) as folder, torch.no_grad():
         got = AutoModelForCausalLM.from_pretrained(folder)(stored["tokens"][None]).logits[0]
         tokenizers = [AutoTokenizer.from_pretrained(f) for f in (folder, checkpoint / "context" / "huggingface")]
     expected = stored["logits"]

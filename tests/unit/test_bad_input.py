@@ -420,7 +420,7 @@ def _(place: Place) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_told_in_a_line_and_starts_nothing(name, place, started, capfd):
+def test_bad_input_gives_one_line_and_starts_nothing(name, place, started, capfd):
     assert len(CASES) >= 80
     spoil, message = CASES[name]
     spoil(place)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nemo_tsdkd.checkpoints.hf_config import Llama3Scaling, Rope, check_config, rope
-from nemo_tsdkd.checkpoints.transformers5 import readable_folder
+from nemo_tsdkd.checkpoints.transformers5 import transformers4_folder
 from nemo_tsdkd.config.validation import UserError
 
 DATA = Path(__file__).parents[1] / "data" / "transformers5"
@@ -201,7 +201,7 @@ def test_both_forms_may_stand_together_where_they_agree():
 def test_a_folder_of_transformers_4_is_read_in_its_place(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
-    with readable_folder(tmp_path) as folder:
+    with transformers4_folder(tmp_path) as folder:
         assert folder == tmp_path
 
 
@@ -209,7 +209,7 @@ def test_a_translation_leaves_the_folder_as_it_was(tmp_path):
     config = LLAMA | {"rope_parameters": scaled("llama3", **LLAMA3)}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    with readable_folder(tmp_path) as folder:
+    with transformers4_folder(tmp_path) as folder:
         translated = json.loads((folder / "config.json").read_text())
         assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert translated == LLAMA | {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}

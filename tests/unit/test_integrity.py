@@ -23,13 +23,13 @@ from nemo_tsdkd.checkpoints.manifest import (
 )
 
 
-def write(run_dir, step, whole=True):
+def write(run_dir, step, complete=True):
     folder = step_folder(run_dir, step)
     (folder / "weights").mkdir(parents=True)
     for rank in range(3):
         (folder / "weights" / f"__{rank}_0.distcp").write_bytes(bytes([step, rank]) * 5000)
     (folder / "state.json").write_text(json.dumps({"step": step}))
-    if whole:
+    if complete:
         write_manifest(folder, manifest_entries(folder, files_to_list(folder)))
     return folder
 
@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_log_says_why(kind, tmp_path
 
 
 def test_ranks_describe_disjoint_shares_of_all_files(tmp_path):
-    folder = write(tmp_path, 1, whole=False)
+    folder = write(tmp_path, 1, complete=False)
     shares = [manifest_entries(folder, files_to_list(folder)[rank::3]) for rank in range(3)]
     assert sum(len(share) for share in shares) == 4
     assert shares[0] | shares[1] | shares[2] == manifest_entries(folder, files_to_list(folder))
@@ -102,7 +102,7 @@ def test_a_file_that_cannot_be_read_is_damage_not_the_end(tmp_path, monkeypatch)
 
 
 def test_a_full_disk_while_writing_the_manifest_leaves_the_older_checkpoint(tmp_path, monkeypatch):
-    older, newer = write(tmp_path, 1), write(tmp_path, 2, whole=False)
+    older, newer = write(tmp_path, 1), write(tmp_path, 2, complete=False)
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

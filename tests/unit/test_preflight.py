@@ -1,4 +1,4 @@
-"""The preflight's checks, one by one, and how ranks report; the Slurm lab runs it whole."""
+"""The preflight's checks, one by one, and how ranks report; the Slurm lab runs all of it."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ from torch.distributed import HashStore
 from nemo_tsdkd.checkpoints.shape import QWEN2_5
 from nemo_tsdkd.checks import probes
 from nemo_tsdkd.checks.memory import GIB
-from nemo_tsdkd.checks.preflight import Finding, Preflight, _grouped, _odd_versions
+from nemo_tsdkd.checks.preflight import Finding, Preflight, _grouped, _version_differences
 from nemo_tsdkd.checks.start import check_weights
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import HostError, UserError
@@ -165,7 +165,7 @@ def test_ranks_of_a_node_that_say_the_same_share_a_line():
 
 def test_a_node_with_other_packages_is_named_once():
     findings = [Finding("n1", 0, {"torch": "2.13"}), *(Finding("n2", r, {"torch": "2.9"}) for r in (1, 2))]
-    assert _odd_versions(findings) == ["n2: torch is 2.9, but 2.13 on n1"]
+    assert _version_differences(findings) == ["n2: torch is 2.9, but 2.13 on n1"]
 
 
 def test_a_rank_that_never_comes_is_missed_by_its_node_s_name(config):
@@ -173,7 +173,7 @@ def test_a_rank_that_never_comes_is_missed_by_its_node_s_name(config):
     assert errors == ["right (rank 1): no report within 2 s"]
 
 
-def test_a_port_in_use_is_told_in_a_line(config, monkeypatch):
+def test_a_port_in_use_gives_one_line(config, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         (error,) = Preflight(config, place(0, port=port), timeout=1, allow_cpu=True).run()

@@ -21,11 +21,11 @@ OURS = RunRecord("ours", "student", "tokenizer")
 THEIRS = RunRecord("theirs", "student", "tokenizer")
 
 
-def write(run_dir, step, whole=True, record=OURS):
+def write(run_dir, step, complete=True, record=OURS):
     folder = begin_checkpoint(run_dir, step, record)
     (folder / "weights").mkdir()
     (folder / "weights" / "__0_0.distcp").write_bytes(bytes([step]) * 5000)
-    if whole:
+    if complete:
         finish_checkpoint(folder, manifest_entries(folder, files_to_list(folder)))
     return folder
 
@@ -49,13 +49,13 @@ def test_the_newest_and_each_so_many_th_stay(tmp_path):
 
 def test_the_only_whole_one_stays(tmp_path):
     write(tmp_path, 1)
-    write(tmp_path, 2, whole=False)
+    write(tmp_path, 2, complete=False)
     remove_old_checkpoints(tmp_path, 1, "ours", keep_last=1)
     assert newest_complete(tmp_path) == step_folder(tmp_path, 1)
 
 
 def test_room_is_made_of_what_killed_saves_left(tmp_path):
-    write(tmp_path, 50), write(tmp_path, 60, whole=False), write(tmp_path, 70, whole=False)
+    write(tmp_path, 50), write(tmp_path, 60, complete=False), write(tmp_path, 70, complete=False)
     folder = begin_checkpoint(tmp_path, 70, OURS)
     assert names(tmp_path) == ["step_50", "step_70"] and not (folder / "weights").exists()
 
@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_renamed_not_removed(tmp_path):
 
 
 def test_a_checkpoint_that_lost_its_manifest_is_not_taken_for_a_killed_save(tmp_path):
-    folder, killed = write(tmp_path, 50), write(tmp_path, 60, whole=False)
+    folder, killed = write(tmp_path, 50), write(tmp_path, 60, complete=False)
     (folder / "manifest.json").unlink()
     assert was_saved(folder) and not was_saved(killed)
     before = tree(folder)

@@ -1,4 +1,4 @@
-"""Shards of responses: whole or absent, continued only with the settings they were begun with, read by the trainer."""
+"""Shards of responses: complete or absent, continued only with their first settings, read by the trainer."""
 
 import json
 

@@ -18,10 +18,10 @@ from nemo_tsdkd.checkpoints.start_over import begin_at_step_1
 RECORD = RunRecord("ours", "student", "tokenizer")
 
 
-def write(run_dir, step, whole=True):
+def write(run_dir, step, complete=True):
     folder = begin_checkpoint(run_dir, step, RECORD)
     (folder / "weights").write_bytes(bytes(5000))
-    if whole:
+    if complete:
         finish_checkpoint(folder, manifest_entries(folder, files_to_list(folder)))
         (run_dir / "last_step").write_text(f"{step}\n")
     return folder
@@ -38,7 +38,7 @@ def start(run_dir, allowed=False):
 def test_a_new_run_and_one_killed_before_its_first_save_begin(tmp_path):
     start(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    write(tmp_path, 2, whole=False)
+    write(tmp_path, 2, complete=False)
     (tmp_path / "checkpoints" / "step_7").mkdir()  # a stranger's
     start(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'

@@ -19,15 +19,15 @@ from torch.nn import functional
 
 from nemo_tsdkd.config.validation import UserError
 
-_CONFIGS = "nemo.collections.llm.gpt.model."  # where NeMo's GPT configs lie, beside much else
-_NODES = {  # what an object of the graph may be
+_CONFIGS = "nemo.collections.llm.gpt.model."  # NeMo's GPT configs are in these modules, besides other code
+_NODES = {  # allowed types of the graph's objects
     ("fiddle._src.config", "Config"): fdl.Config,
     ("fiddle._src.config", "BuildableTraverserMetadata"): BuildableTraverserMetadata,
     ("builtins", "tuple"): tuple,
     ("builtins", "list"): list,
     ("builtins", "dict"): dict,
 }
-_VALUES = {  # what a field of a config may be, besides numbers, words and dtypes
+_VALUES = {  # allowed values of a config's fields, besides numbers, strings and dtypes
     ("torch.nn.functional", "silu"): functional.silu,
     ("torch.nn.functional", "gelu"): functional.gelu,
     ("torch._C._nn", "gelu"): functional.gelu,
@@ -65,7 +65,7 @@ def read_gpt_config(checkpoint: Path) -> llm.GPTConfig:
         graph = json.loads(path.read_text())
         objects = graph["objects"]
         key = next(key for key, value in objects.items() if _ROOT in value.get("paths", ()))
-        # Unused here, and it would be loaded from whatever path it names.
+        # Not needed here; NeMo would load it from any path that it names.
         objects[key]["items"] = [
             [name, {"type": "leaf", "value": None} if "generation_config" in name else value]
             for name, value in objects[key]["items"]

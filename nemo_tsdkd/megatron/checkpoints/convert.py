@@ -1,5 +1,5 @@
-"""Whole checkpoints from one format to the other. Each function builds NeMo's trainer and a world of one rank: it needs
-a process of its own."""
+"""Convert checkpoints from one format to the other. Each function builds NeMo's trainer and a world of one rank: it
+needs its own process."""
 
 from __future__ import annotations
 

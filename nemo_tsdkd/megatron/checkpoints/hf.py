@@ -114,7 +114,7 @@ def config_from_hf(folder: Path) -> llm.GPTConfig:
 
 
 def to_megatron(hf_model: PreTrainedModel, gpt: MCoreGPTModel) -> None:
-    """Set the weights of a whole Megatron model (no parallelism) from Hugging Face's."""
+    """Set the weights of a full Megatron model (no parallelism) from Hugging Face's."""
     transforms = [
         io.state_transform(_projections("weight"), f"{_QKV}.weight", TransformFns.merge_qkv),
         io.state_transform(_GATE_UP, _FC1, TransformFns.merge_fc1),
@@ -125,7 +125,7 @@ def to_megatron(hf_model: PreTrainedModel, gpt: MCoreGPTModel) -> None:
 
 
 def to_hf(gpt: MCoreGPTModel, hf_model: PreTrainedModel) -> None:
-    """Set a Hugging Face model's weights from those of a whole Megatron model."""
+    """Set a Hugging Face model's weights from those of a full Megatron model."""
     transforms = [
         io.state_transform(f"{_QKV}.weight", _projections("weight"), TransformFns.split_qkv),
         io.state_transform(_FC1, _GATE_UP, TransformFns.split_fc1),
@@ -153,7 +153,7 @@ def _names(gpt: MCoreGPTModel) -> dict[str, str]:
 
 
 def require_equal_logits(hf_folder: Path, gpt: MCoreGPTModel, assets: Path) -> None:
-    """Compare a whole Megatron model with a Hugging Face folder on a short text, both in fp32, one model after the
+    """Compare a full Megatron model with a Hugging Face folder on a short text, both in fp32, one model after the
     other and layer by layer: a GPU holds embedding, head and one layer.
 
     Args:

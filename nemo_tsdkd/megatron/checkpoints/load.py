@@ -1,4 +1,4 @@
-"""Models from disk: from a path to a NeMo checkpoint, its GPT config, and its weights in any TP x PP layout."""
+"""Load models: find or import the NeMo checkpoint of a path, read its GPT config, load its weights in any layout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from nemo.collections import llm
 
 import nemo_tsdkd.megatron.cpu as cpu
-from nemo_tsdkd.checkpoints.completeness import listed
+from nemo_tsdkd.checkpoints.completeness import shorten_names
 from nemo_tsdkd.checkpoints.foreign import require_safe
 from nemo_tsdkd.checkpoints.manifest import find_damage, has_manifest
 from nemo_tsdkd.checkpoints.model_folder import (
@@ -45,9 +45,8 @@ _LAUNCH_VARIABLES = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_
 def resolve(path: str | Path, cache_dir: Path) -> Path:
     """The NeMo checkpoint for a model path: itself, or the import of a Hugging Face folder.
 
-    Call it on every rank of a job, in its process group. An import happens once, on rank 0 and in a process of its own
-    (NeMo builds a world of one for it); it lies in `cache_dir`, on a file system all ranks share, under a key of the
-    content.
+    Call it on every rank of a job, in its process group. Rank 0 imports once, in a child process (NeMo builds a
+    world of one rank for it), into `cache_dir` on a file system that all ranks share, under a key of the content.
 
     Raises:
         UserError: `path` is neither kind of folder, could run code, is not as its manifest says, or is a Hugging Face
@@ -66,13 +65,13 @@ def resolve(path: str | Path, cache_dir: Path) -> Path:
     require_safe(folder)
     require_importable(folder)
     checkpoint = Path(from_rank_zero(lambda: str(_import_once(folder, cache_dir))))
-    _await(checkpoint)
+    _wait_for_folder(checkpoint)
     _require_undamaged(checkpoint)
     return checkpoint
 
 
 def find_damage_on_all_ranks(checkpoint: Path) -> str | None:
-    """`find_damage`, by digest, each rank reading a share of the files: all of it once, over all ranks. Collective."""
+    """`find_damage` of all files, each rank reading a share of them. Collective."""
     if not dist.is_initialized():
         return find_damage(checkpoint)
     found: list[str | None] = [None] * dist.get_world_size()
@@ -83,16 +82,16 @@ def find_damage_on_all_ranks(checkpoint: Path) -> str | None:
 def _require_undamaged(checkpoint: Path) -> None:
     if not has_manifest(checkpoint):
         log = logger.warning if int(os.environ.get("RANK", "0")) == 0 else logger.debug
-        log("%s has no manifest: nothing can tell whether its weights are as they were written.", checkpoint)
+        log("%s has no manifest: its weights cannot be checked for damage.", checkpoint)
     elif damage := find_damage_on_all_ranks(checkpoint):
         raise UserError(f"{checkpoint}: {damage}. Remove it and import the model again.")
 
 
 def gpt_config(checkpoint: Path) -> llm.GPTConfig:
-    """NeMo's GPT config of a checkpoint, `vocab_size` being the model's own width without padding.
+    """NeMo's GPT config of a checkpoint, `vocab_size` without padding.
 
     An import of ours keeps the source's `config.json`, and the config is derived from that. For any other NeMo
-    checkpoint it is what the context says, as far as that names NeMo's configs only.
+    checkpoint it is read from the context, which may name NeMo's configs only.
 
     Raises:
         UserError: the checkpoint is damaged, or could run code, or its embedding is shorter than its vocabulary.
@@ -115,8 +114,8 @@ def gpt_config(checkpoint: Path) -> llm.GPTConfig:
 def load_weights(module: MCoreGPTModel, checkpoint: Path) -> None:
     """Fill a built GPT chunk from a NeMo checkpoint; collective over all ranks of Megatron's current parallel state.
 
-    Each rank reads the slices it holds, whatever layout wrote them, and no optimizer state. Rows of the embedding
-    and the head beyond those in the file become zero; rows of the file beyond the module's are left out.
+    Each rank reads only its slices of the weights, from any layout, and no optimizer state. Rows of the embedding
+    and the head beyond those in the file become zero; surplus rows of the file are ignored.
 
     Raises:
         UserError: the checkpoint and the model do not have the same parameters, or one has another shape.
@@ -135,8 +134,8 @@ def load_weights(module: MCoreGPTModel, checkpoint: Path) -> None:
     unexpected = {k for k in unexpected if "_extra_state" not in k}
     if missing or unexpected:
         raise UserError(
-            f"{checkpoint}: not this model's weights. In the file only: {listed(sorted(missing)) or 'nothing'}; "
-            f"in the model only: {listed(sorted(unexpected)) or 'nothing'}. Import the model again."
+            f"{checkpoint}: not this model's weights. In the file only: {shorten_names(sorted(missing)) or 'nothing'}; "
+            f"in the model only: {shorten_names(sorted(unexpected)) or 'nothing'}. Import the model again."
         )
     weights = {k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)}
     absent, _ = module.load_state_dict(weights, strict=False)
@@ -144,7 +143,7 @@ def load_weights(module: MCoreGPTModel, checkpoint: Path) -> None:
 
 
 def frozen_model(config: llm.GPTConfig, checkpoint: Path) -> MCoreGPTModel:
-    """This rank's shard of a model that only computes: weights loaded, in `config.params_dtype`, on the device.
+    """This rank's shard of a model without gradients: weights loaded, in `config.params_dtype`, on the device.
 
     Args:
         config: its parallel sizes, padded vocabulary and dtypes set.
@@ -170,7 +169,7 @@ def load_head(config: llm.GPTConfig, checkpoint: Path, tp_group: dist.ProcessGro
     shard = ShardedTensor.from_rank_offsets(
         name, weight, (0, tp_group.rank(), tp_group.size()), replica_id=dist.get_rank(), allow_shape_mismatch=True
     )
-    # Ranks outside of `tp_group` read the same shards: who owns which is nothing to check.
+    # Ranks outside of `tp_group` read the same shards, so ownership of shards is not checked.
     with checkpoint_errors(checkpoint):
         state = dist_checkpointing.load({"head": shard}, str(checkpoint / "weights"), validate_access_integrity=False)
     return state["head"]
@@ -214,7 +213,7 @@ def _import_once(folder: Path, cache_dir: Path) -> Path:
     return checkpoint
 
 
-def _await(checkpoint: Path, seconds: float = 60) -> None:
+def _wait_for_folder(checkpoint: Path, seconds: float = 60) -> None:
     """Network file systems show another node's rename with a delay."""
     deadline = time.monotonic() + seconds
     while not is_nemo_checkpoint(checkpoint):

@@ -1,4 +1,4 @@
-"""No foreign pickle runs code: what the stack unpickles out of a checkpoint may name the classes below and no others.
+"""Restricted unpickling of checkpoints: only the classes below may be named, so that no foreign pickle runs code.
 
 torch.distributed.checkpoint reads `weights/.metadata` with `pickle.load` and a checkpoint's byte entries (Megatron's
 sharded objects, such as `_extra_state`) with `torch.load(weights_only=False)`, and Transformer Engine unpickles the
@@ -28,7 +28,7 @@ from nemo_tsdkd.config.validation import UserError
 
 _DCP = "torch.distributed.checkpoint"
 _MCORE = "megatron.core.dist_checkpointing.strategies.torch"
-# All that a `.metadata` of torch.distributed.checkpoint or Megatron may name: records, enumerations and dtypes.
+# All names in a `.metadata` of torch.distributed.checkpoint or Megatron: records, enumerations and dtypes.
 ADMITTED = {
     *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
     *((f"{_DCP}.metadata", f"{kind}StorageMetadata") for kind in ("Bytes", "Chunk", "Tensor")),
@@ -49,10 +49,10 @@ _FIX = "Take the model from a source you trust, in safetensors if it can be had.
 
 def install() -> None:
     """Put the restricted readers in place, for this process and all libraries in it."""
-    # The module uses the two functions alone; its writer stays as it is.
+    # The module uses these two functions only; writing is unchanged.
     filesystem.pickle = SimpleNamespace(load=load_metadata, dump=pickle.dump)  # type: ignore[attr-defined]
     DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign]
-    # torch.load's default is safe (common.pt is read with it) unless a user's shell says otherwise.
+    # torch.load's default is safe (common.pt is read with it) unless this variable is set.
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
 
 
@@ -75,7 +75,7 @@ def load_metadata(file: IO[bytes]) -> Metadata:
         files = {info.relative_path for info in metadata.storage_data.values()}
     except UserError as error:
         raise UserError(f"{path}: {error}. {_FIX}") from None
-    except Exception as error:  # a pickle that is none fails in every way
+    except Exception as error:  # a file that is no pickle can raise anything
         raise UserError(f"{path}: is damaged ({error}). Copy or import the model again.") from error
     if outside := next((name for name in files if Path(name).name != name), None):
         raise UserError(f"{path}: names the file {outside!r}, which is not in its folder. {_FIX}")
@@ -85,8 +85,8 @@ def load_metadata(file: IO[bytes]) -> Metadata:
 def _load_bytes(planner: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
     """`DefaultLoadPlanner.load_bytes` with torch's own restricted unpickler.
 
-    Of `_extra_state` nothing is kept: Transformer Engine would unpickle it, and holds in it the history of delayed FP8
-    scaling, which is not used here. An empty tensor tells it so.
+    `_extra_state` is replaced by an empty tensor: Transformer Engine would unpickle it, and it holds only the history
+    of delayed FP8 scaling, which is not used here.
     """
     name = read_item.dest_index.fqn
     try:
@@ -104,11 +104,11 @@ def _load_bytes(planner: DefaultLoadPlanner, read_item: ReadItem, value: io.Byte
 
 @contextmanager
 def checkpoint_errors(checkpoint: Path) -> Iterator[None]:
-    """Turn what the stack raises about the files of a checkpoint into the error a user should see.
+    """Turn errors of the stack about a checkpoint's files into a UserError or OSError.
 
     Raises:
         UserError: the checkpoint is damaged, incomplete or could run code.
-        OSError: the disk's answer.
+        OSError: the disk's error.
     """
     try:
         yield
@@ -123,7 +123,7 @@ def checkpoint_errors(checkpoint: Path) -> Iterator[None]:
 
 
 def _refusal(what: str, error: pickle.UnpicklingError) -> str:
-    """What torch's restricted unpickler found, out of a page of advice on how to run it nevertheless."""
+    """What torch's restricted unpickler found, taken from its long message."""
     found = next((line.split("GLOBAL ")[1].split()[0] for line in str(error).splitlines() if "GLOBAL " in line), None)
     return f"{what} names {found}, which could run code. {_FIX}" if found else f"{what} is damaged ({error!r:.80})."
 

@@ -1,1 +1,1 @@
-"""Cached decoding with Megatron's layers, and the responses written with it."""
+"""Cached decoding with Megatron's layers, and generation of responses with it."""

@@ -1,12 +1,11 @@
-"""Puts a Megatron GPTModel into decoding shape: a KV cache in its attention, and nothing that serves training only.
+"""Decoding with a Megatron GPTModel: its attention uses a KV cache, and operations for training only are skipped.
 
-The model's own layers do the work. While it decodes, each layer's core attention is one over a cache in which every
-row has its own length, so prompts may be ragged, a finished sequence can leave and another take its row, and the same
-code runs with and without Transformer Engine. Tokens sit at their true positions: what the model sees here is what it
-sees when it is trained on the response.
+The model's own layers compute. While it decodes, core attention reads a cache in which every row has its own length. So
+prompts may have different lengths, a new sequence can take the row of a finished one, and the same code runs with and
+without Transformer Engine. Tokens have their true positions, as in training on the response.
 
-Megatron-core 0.15's own engines do not serve: they gather the vocabulary on every rank and draw from a generator, so
-that a response would depend on its batch and layout; and ragged batching needs the flash-attn package.
+Megatron-core 0.15's own engines are not used: they gather the vocabulary on every rank and draw from a generator, so
+that a response would depend on its batch and layout; and batches of different lengths need the flash-attn package.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ USED_MULTIPLE = 64
 
 
 def check_model(model: GPTModel) -> None:
-    """Raise UserError for a model that would decode wrongly rather than fail."""
+    """Raise UserError for a model that this code would decode wrongly."""
     config = model.config
     rules = {
         "position_embedding_type": (model.position_embedding_type, "rope"),
@@ -60,7 +59,7 @@ def check_model(model: GPTModel) -> None:
 
 
 class KVCache:
-    """Rotated keys and values of every layer of this stage, and where the running pass reads and writes them.
+    """Rotated keys and values of every layer of this stage, and the positions that the current pass reads and writes.
 
     Args:
         rows: sequences it holds.
@@ -73,7 +72,7 @@ class KVCache:
         self.device = parameter.device
         attention = [layer.self_attention for layer in model.decoder.layers]
         groups, head_dim = attention[0].num_query_groups_per_partition, attention[0].hidden_size_per_attention_head
-        # Zeros, not what the memory last held: a masked slot that holds NaN would still spoil the sum.
+        # Zeros, not uninitialized memory: a NaN in a masked position would spoil the sum.
         shape = (len(attention), 2, rows, groups, self.length, head_dim)
         self._memory = torch.zeros(shape, dtype=parameter.dtype, device=self.device)
         self._layers = {a.layer_number: memory for a, memory in zip(attention, self._memory, strict=True)}
@@ -85,20 +84,20 @@ class KVCache:
         self._slots = torch.arange(self.length, device=self.device)
 
     def begin_prefill(self, rows: slice, length: int) -> None:
-        """Point the layers at the first `length` positions of `rows`."""
+        """Set the layers to write the first `length` positions of `rows`."""
         self._prefill = rows
         self._cos, self._sin = self._rotations[:, :length].unsqueeze(3)  # [S, 1, 1, D]
 
     def begin_step(self, positions: Tensor, used: int) -> None:
-        """Point the layers at one position in each of the first rows, [n], and at `used` positions to attend to;
-        compute once what all of them need. Device work alone, fit to be captured."""
+        """Set the layers to write one position of each of the first rows, [n], and to attend to `used` positions;
+        compute what all layers share. Device work only, so that a graph can capture it."""
         n = len(positions)
         self._prefill = None
         self._cos, self._sin = self._rotations[:, positions].transpose(1, 2).unsqueeze(3)  # [1, n, 1, D]
         self._places = (self._starts[:n] + positions[:, None]).flatten()  # [n * groups]
         self._used = (slice(n), slice(None), slice(used))
-        unwritten = self._slots[:used] > positions[:, None]
-        mask = self._rotations.new_zeros(n, used).masked_fill_(unwritten, -torch.inf)
+        later = self._slots[:used] > positions[:, None]
+        mask = self._rotations.new_zeros(n, used).masked_fill_(later, -torch.inf)
         self._mask = mask[:, None, None]  # [n, 1, 1, used], added to the scores
 
     def copy_row(self, source: int, target: int) -> None:
@@ -107,8 +106,8 @@ class KVCache:
     def attend(self, layer: SelfAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Core attention of `layer`: query [S, n, heads, D], key and value [S, n, groups, D] -> [S, n, heads * D].
 
-        A prompt's padding behind its last token leaves keys that no position up to there attends to, and that the
-        response overwrites token by token.
+        Padding after a prompt leaves keys that no position of the prompt attends to; the response's tokens overwrite
+        them.
         """
         length, n, heads, head_dim = query.shape
         groups = key.shape[2]
@@ -141,8 +140,8 @@ def used_bucket(length: int) -> int:
     return round_up(length, USED_MULTIPLE)
 
 
-# The forward functions below stand in for Megatron's while decoding: the same products and sums, without autograd
-# functions, dropout, recomputation and cross attention, whose host time is what a small batch of tokens waits for.
+# The forward functions below replace Megatron's while decoding: the same products and sums, without autograd functions,
+# dropout, recomputation and cross attention, whose host time dominates for a small batch of tokens.
 
 
 def _block(module: TransformerBlock, hidden_states: Tensor | None, **kwargs: Any) -> Tensor:
@@ -186,7 +185,7 @@ def _row_parallel(module: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor | 
 def _bias(module: torch.nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """(what the layer adds, what it leaves to its caller), by Megatron's names or by Transformer Engine's, whose layers
     keep an empty tensor where there is no bias."""
-    own = vars(module)  # a module itself would raise and catch an exception for what it lacks, in each layer's call
+    own = vars(module)  # getattr of a missing attribute on a module is slow, and this runs in each layer
     bias = module.bias if own.get("use_bias", True) else None
     leaves_it = own.get("te_return_bias", own.get("skip_bias_add"))
     return (None, bias) if leaves_it else (bias, None)
@@ -216,8 +215,8 @@ _SETTINGS = {
 
 @contextmanager
 def decoding(model: GPTModel, cache: KVCache) -> Iterator[None]:
-    """Let `model` decode over `cache`; put it back as it was, whatever happens."""
-    stand_ins = {
+    """Make `model` decode with `cache` in the block; restore it afterwards, also after an error."""
+    replacements = {
         TransformerBlock: _block,
         TransformerLayer: _layer,
         SelfAttention: partial(_attention, cache),
@@ -231,8 +230,8 @@ def decoding(model: GPTModel, cache: KVCache) -> Iterator[None]:
         owners[id(module)] = module
         if hasattr(module, "config"):
             owners[id(module.config)] = module.config
-        if type(module) in stand_ins:
-            forwards[module] = partial(stand_ins[type(module)], module)
+        if type(module) in replacements:
+            forwards[module] = partial(replacements[type(module)], module)
     changed = [(o, name, getattr(o, name)) for o in owners.values() for name in _SETTINGS if getattr(o, name, None)]
     was_training = model.training
     try:

@@ -1,4 +1,4 @@
-"""Decodes with a Megatron GPTModel under tensor and pipeline parallelism: the student writes its own data."""
+"""Generate responses with a Megatron GPTModel under tensor and pipeline parallelism."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ def generate(
     tp_group: ProcessGroup | None,
     pp_group: ProcessGroup | None,
 ) -> list[Response]:
-    """Write a response to every prompt; call on all ranks of a TP x PP block, each of which gets all responses.
+    """Generate a response to every prompt. Call it on all ranks of a TP x PP block; each gets all responses.
 
     A response depends on its prompt, the weights and (seed, step, sample id) only; layout, batch and order can show
     through rounding alone, where two tokens nearly tie.
 
     Args:
-        model: this rank's unwrapped pipeline stage; left as it was found (mode, sequence parallelism, FP8).
+        model: this rank's unwrapped pipeline stage; its settings (mode, sequence parallelism, FP8) are restored.
         prompts: token ids, ragged.
-        sample_ids: one non-negative id per prompt, its identity in the data set; chooses its noise.
+        sample_ids: one non-negative id per prompt, its index in the data set; seeds its noise.
         vocabulary: the tokens that may be drawn, and which of them end a response.
         max_length: limit of prompt + response in tokens.
         tp_group, pp_group: this rank's groups; None means not parallel.
 
     Raises:
-        UserError: the model is not one this decodes, or a prompt is empty or fills `max_length`.
-        FloatingPointError: the student's logits are broken, so that no token can be drawn.
+        UserError: the model is not supported, or a prompt is empty or fills `max_length`.
+        FloatingPointError: the student's logits are NaN or infinite, so that no token can be drawn.
     """
     groups = {"tp_group": tp_group, "pp_group": pp_group}
     with Decoder(model, rollout_config=rollout_config, vocabulary=vocabulary, **groups) as decoder:
@@ -60,8 +60,8 @@ def generate(
 class Decoder:
     """`generate` for several calls with one model: holds the KV cache and the CUDA graphs between them.
 
-    The graphs read the weights where they lay at the capture. So an optimizer's step, which changes them in place,
-    keeps the graphs; where any weight has moved, a call drops them first. All memory is free again after `release()`,
+    The graphs read the weights at their addresses of the capture. An optimizer step changes weights in place and keeps
+    the graphs; if any weight has moved, the next call drops them. All memory is free again after `release()`,
     or at the end of a `with` block.
     """
 
@@ -86,7 +86,7 @@ class Decoder:
         self.release()
 
     def release(self) -> None:
-        """Free the KV cache, the graphs and their pool; the next call builds them anew."""
+        """Free the KV cache, the graphs and their pool; the next call builds them again."""
         captured = self.cache is not None and self.regions.captured
         self.cache = None
         for name in ("regions", "rows", "received", "sent"):
@@ -136,7 +136,7 @@ class Decoder:
                 )
 
     def _reserve(self, rows: int, length: int) -> None:
-        """Memory for as much, and no graph that reads what is no longer there."""
+        """Allocate the cache for as many rows and positions, and drop graphs that read moved weights."""
         weights = [parameter.data_ptr() for parameter in self.model.parameters()]
         cache = self.cache
         if cache is not None and rows <= cache.rows and length <= cache.length:
@@ -190,8 +190,8 @@ class Decoder:
             self.sent[:, rows] = hidden
 
     def _prefill(self, prefill: Prefill) -> None:
-        """Run prompts through the pipeline and draw the first token of each response. Never captured: each has a
-        shape of its own."""
+        """Run prompts through the pipeline and draw the first token of each response. Never captured: shapes
+        differ."""
         n, length = len(prefill.prompts), len(prefill.prompts[0])
         rows = slice(prefill.first_row, prefill.first_row + n)
         self.cache.begin_prefill(rows, length)
@@ -225,6 +225,6 @@ class Decoder:
         )
 
     def _share_tokens(self, rows: slice) -> None:
-        """From the last stage, which alone draws, to all."""
+        """Broadcast tokens from the last stage, which draws them, to all."""
         if group_size(self.pp_group) > 1:
             dist.broadcast(self.rows.tokens[rows], group=self.pp_group, group_src=group_size(self.pp_group) - 1)

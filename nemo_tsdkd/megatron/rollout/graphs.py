@@ -12,14 +12,14 @@ from torch.distributed import ProcessGroup
 from nemo_tsdkd.distributed.vocab_parallel import group_size
 
 logger = logging.getLogger(__name__)
-Region = Callable[[], None]  # device work on fixed tensors: no host value goes in, none comes out
-Capture = Callable[[Region], Region]  # from a region to what repeats its work without running its Python
+Region = Callable[[], None]  # device work on fixed tensors, without values from or for the host
+Capture = Callable[[Region], Region]  # from a region to a function that repeats its device work
 _warned: set[str] = set()
 
 
 class CudaCapture:
-    """Captures regions into CUDA graphs that share one memory pool: they never run at the same time, and what outlives
-    a region lies outside of the pool."""
+    """Captures regions into CUDA graphs that share one memory pool: they never run at the same time, and no tensor of
+    the pool is used after its region."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -33,7 +33,7 @@ class CudaCapture:
 
 
 def why_eager(device: torch.device, tp_group: ProcessGroup | None) -> str | None:
-    """Why no CUDA graph can be captured here, in words; None where one can."""
+    """Why no CUDA graph can be captured, as text; None if one can."""
     if device.type != "cuda":
         return "the model is not on a CUDA device"
     if group_size(tp_group) > 1 and dist.get_backend(tp_group) != dist.Backend.NCCL:
@@ -42,12 +42,12 @@ def why_eager(device: torch.device, tp_group: ProcessGroup | None) -> str | None
 
 
 def new_capture(mode: str, device: torch.device, tp_group: ProcessGroup | None) -> Capture | None:
-    """What captures regions under `rollout.cuda_graphs = mode`; None: they run eagerly."""
+    """The capture for `rollout.cuda_graphs = mode`; None: regions run eagerly."""
     if mode == "off":
         return None
     reason = why_eager(device, tp_group)
     if reason:
-        if not dist.is_initialized() or dist.get_rank() == 0:  # it holds on every rank
+        if not dist.is_initialized() or dist.get_rank() == 0:  # the reason is the same on every rank
             warn_once(reason)
         return None
     return CudaCapture()
@@ -60,8 +60,8 @@ def warn_once(reason: str) -> None:
 
 
 class Regions:
-    """Runs regions that come again and again, each under its key: once eagerly, which warms up what is set up lazily
-    (cuBLAS, NCCL); from then on as a replay, where there is a `capture`."""
+    """Runs repeated regions, each with a key: the first time eagerly, which initializes cuBLAS and NCCL; then as a
+    graph replay, if there is a `capture`."""
 
     def __init__(self, capture: Capture | None) -> None:
         self._capture = capture
@@ -92,6 +92,6 @@ class Regions:
         return True
 
     def clear(self) -> None:
-        """Forget every graph: what they read has moved, or their memory is wanted."""
+        """Drop every graph: its inputs have moved, or its memory is needed."""
         self._replays.clear()
         self.runs.clear()

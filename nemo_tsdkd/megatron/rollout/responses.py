@@ -1,4 +1,4 @@
-"""One model, built to decode only, answers a whole data set: the work behind `nemo-tsdkd generate`."""
+"""`nemo-tsdkd generate`: one model generates a response to every prompt of a data set."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load_for_decoding(config: llm.GPTConfig, checkpoint: Path, parallel: Paralle
 
 
 def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
-    """Answer every prompt of `config.data` that no shard holds yet; call on all ranks.
+    """Generate a response to every prompt of `config.data` that no shard holds yet. Call it on all ranks.
 
     A response depends on the weights, the prompt, `seed` and the prompt's place in the data set, not on the layout
     or on interruptions (`generation.Decoder`).
@@ -59,9 +59,9 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
     vocabulary = Vocabulary.of(tokenizer, path)
     with process_group():
         prompts = rank_zero_first(lambda: PromptDataset.load(config.data, tokenizer))
-        everyone = long_timeout_group()
+        all_ranks = long_timeout_group()
         copies = dist.get_world_size() // block
-        # Rank 0 alone looks: on a network file system others may see shards later.
+        # Only rank 0 lists the shards: on a network file system other ranks may see them later.
         shards.size, missing = from_rank_zero(lambda: _claim(shards, config, which, len(prompts), copies))
         checkpoint = resolve(path, Path(config.run_dir) / "imported")
         model_config = gpt_config(checkpoint)
@@ -71,17 +71,17 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
         pp_group = parallel_state.get_pipeline_model_parallel_group()
         groups = {"tp_group": tp_group, "pp_group": pp_group}
         with Decoder(model, rollout_config=config.rollout, vocabulary=vocabulary, **groups) as decoder:
-            answer = partial(decoder.generate, seed=config.seed, step=0, max_length=config.data.seq_length)
+            generate = partial(decoder.generate, seed=config.seed, step=0, max_length=config.data.seq_length)
             for shard in missing[parallel_state.get_data_parallel_rank() :: copies]:
                 start = time.perf_counter()
                 rows = shards.rows_of(shard, len(prompts))
-                responses = answer([prompts[i].prompt_ids for i in rows], sample_ids=list(rows))
+                responses = generate([prompts[i].prompt_ids for i in rows], sample_ids=list(rows))
                 tokens = sum(len(response.token_ids) for response in responses)
                 if tp_group.rank() == pp_group.rank() == 0:
                     shards.write(shard, _records(prompts, tokenizer, rows, responses))
                     seconds = time.perf_counter() - start
                     logger.info("shard %d: %d responses, %.0f tokens/s", shard, len(responses), tokens / seconds)
-        dist.barrier(everyone)  # a copy that has no file left may wait hours for the others
+        dist.barrier(all_ranks)  # a copy without shards left may wait hours for the others
 
 
 def _records(

@@ -1,7 +1,7 @@
-"""Two models in two layouts on the same ranks: Megatron's process groups of one model in place of the other's.
+"""Two models in two layouts on the same ranks: switch Megatron's parallel state from one model to the other.
 
 Megatron keeps its groups and random states in module globals, which models read when they are built and when they
-run. This is the only place that exchanges them.
+run. Only this module switches them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _TRACKER = ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED")
 
 
 class ModelParallelState:
-    """Megatron's parallel state of a model that has a layout of its own.
+    """Megatron's parallel state for a model with its own layout.
 
     Args:
         parallel: the layout; data parallel is what is left of the default process group. None: the model shares the
-            parallel state that is in place, and entering its world only keeps random states as they are.
+            current parallel state, and `active` only preserves random states.
     """
 
     def __init__(self, parallel: ParallelConfig | None) -> None:
@@ -33,7 +33,7 @@ class ModelParallelState:
         if parallel is None:
             return
         blank, scratch = dict.fromkeys(_group_names(), None), parallel_state._GLOBAL_MEMORY_BUFFER
-        with _random_states_kept(), _in_place(blank, dict.fromkeys(_TRACKER, None)):
+        with _preserve_random_states(), _globals_set_to(blank, dict.fromkeys(_TRACKER, None)):
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=parallel.tensor_model_parallel_size,
                 pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -43,17 +43,17 @@ class ModelParallelState:
             self._state = {name: getattr(parallel_state, name) for name in blank}
             self._state["_GLOBAL_MEMORY_BUFFER"] = (
                 scratch or parallel_state._GLOBAL_MEMORY_BUFFER
-            )  # one for both models
+            )  # shared by both models
             self._tracker = {name: getattr(tracker, name) for name in _TRACKER}
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Megatron runs in this world; afterwards all is as it was, random states too."""
-        with _random_states_kept():
+    def active(self) -> Iterator[None]:
+        """Megatron uses this parallel state in the block; afterwards groups and random states are restored."""
+        with _preserve_random_states():
             if self._state is None:
                 yield
                 return
-            with _in_place(self._state, self._tracker):
+            with _globals_set_to(self._state, self._tracker):
                 yield
 
 
@@ -62,8 +62,8 @@ def _group_names() -> list[str]:
 
 
 @contextmanager
-def _in_place(groups: dict[str, Any], random: dict[str, Any]) -> Iterator[None]:
-    """Set globals of Megatron's two modules; set them back, whatever happens."""
+def _globals_set_to(groups: dict[str, Any], random: dict[str, Any]) -> Iterator[None]:
+    """Set globals of Megatron's two modules; restore them afterwards, also after an error."""
     before = [(parallel_state, name, getattr(parallel_state, name)) for name in groups]
     before += [(tracker, name, getattr(tracker, name)) for name in random]
     try:
@@ -77,7 +77,7 @@ def _in_place(groups: dict[str, Any], random: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _random_states_kept() -> Iterator[None]:
+def _preserve_random_states() -> Iterator[None]:
     cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state()
     states = tracker.get_cuda_rng_tracker().get_states() if tracker._CUDA_RNG_STATE_TRACKER else None
     try:
