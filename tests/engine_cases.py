@@ -34,7 +34,7 @@ def test_training_learns_and_follows_fp32(precision, tolerance, root, tmp_path):
     assert (losses[precision] == losses["bf16"]) == (precision == "bf16")
 
 
-def test_a_run_goes_on_from_its_checkpoint(root, tmp_path):
+def test_a_run_resumes_from_its_checkpoint(root, tmp_path):
     losses = {}
     for name, parts in {"whole": (4,), "in parts": (2, 4)}.items():
         config = tiny_run.config(root, tmp_path / name, 1)
@@ -97,5 +97,5 @@ def greedy_gap(checkpoint: Path) -> float:
     return max(gaps)
 
 
-def test_decoding_past_transformer_engines_own_forward_says_the_same(root):
+def test_decoding_without_transformer_engines_forward_gives_the_same(root):
     assert ranks.run_ranks(greedy_gap, 1, root / "student")[0] < 1e-2  # TF32 may round the products of either

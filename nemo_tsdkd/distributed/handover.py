@@ -120,7 +120,7 @@ def _rows_of(buffer: Tensor, index: Tensor) -> Tensor:
 
 def share_size(count: Ints, ranks: int) -> Ints:
     """Positions in the share of each of `ranks` tensor-parallel ranks that split `count`; the last may have fewer."""
-    return np.maximum(1, -(-count // ranks))
+    return np.maximum(1, (count + ranks - 1) // ranks)
 
 
 def _held_by(rank: int, layout: Layout, held: Places) -> int:

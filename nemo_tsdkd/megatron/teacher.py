@@ -1,9 +1,9 @@
 """The frozen teacher: a forward-only pass over the responses that keeps what the student's loss needs.
 
 It keeps final hidden states of response positions (10 KB a token at 14B), not logits (304 KB); the loss multiplies them
-by the teacher's head in the student's vocabulary shards. So the teacher is no part of the student's pipeline. It runs on
-the student's ranks, in the student's layout or its own (`teacher.parallel`), or on its own nodes (`teacher.nodes`).
-Rows of the global batch are sent to it, hidden states are sent back (`distributed/handover.py`).
+by the teacher's head in the student's vocabulary shards. So the teacher is no part of the student's pipeline. It runs
+on the student's ranks, in the student's layout or its own (`teacher.parallel`), or on its own nodes
+(`teacher.nodes`). Rows of the global batch are sent to it, hidden states are sent back (`distributed/handover.py`).
 """
 
 from __future__ import annotations

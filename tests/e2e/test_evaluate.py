@@ -75,9 +75,7 @@ def test_limit_takes_the_first_problems(model, task_folder, tmp_path):
     assert results["n-samples"]["chains"]["effective"] == 3
 
 
-def test_an_evaluation_that_was_cut_off_goes_on_with_the_tasks_that_are_missing(
-    model, task_folder, tmp_path, monkeypatch
-):
+def test_an_interrupted_evaluation_continues_with_the_missing_tasks(model, task_folder, tmp_path, monkeypatch):
     import lm_eval
 
     whole = run(model, task_folder, tmp_path / "whole.json", "--tasks", "chains,again")

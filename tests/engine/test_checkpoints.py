@@ -35,7 +35,7 @@ def configure(root):
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp8_tensorwise"])
-def test_a_killed_run_goes_on_bit_for_bit(name, configure, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(name, configure, tmp_path):
     uninterrupted = train(configure(tmp_path / "whole", name))
     config = configure(tmp_path / "parts", name)
     assert train(config, kill_when=steps_done(config, 3)) is None

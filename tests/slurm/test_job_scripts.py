@@ -94,7 +94,7 @@ def test_bad_usage_ends_the_job_at_once_and_for_good(lab, stand_in, run_dir, arg
     assert message in job.log and job.field("ExitCode") == "2:0" and job.field("Restarts") == "0"
 
 
-def test_a_missing_command_says_what_to_activate(lab, tmp_path):
+def test_a_missing_command_names_what_to_activate(lab, tmp_path):
     job = Job.submit(SCRIPT, tmp_path / "run", PATH="/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin")
     job.wait_end("FAILED")
     assert "nemo-tsdkd is not on PATH: activate its environment" in job.log

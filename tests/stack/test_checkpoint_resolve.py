@@ -55,17 +55,17 @@ def resolve_each(folders: list[Path], cache_dir: Path) -> list[str]:
 
 
 def test_one_flipped_bit_in_an_import_or_an_export_is_found_by_every_rank(root, tmp_path):
-    whole, flipped, unsealed = (shutil.copytree(root / "student", tmp_path / name) for name in "abc")
+    whole, flipped, without_manifest = (shutil.copytree(root / "student", tmp_path / name) for name in "abc")
     largest = max((flipped / "weights").glob("*.distcp"), key=lambda path: path.stat().st_size)
     flip_a_bit(largest)
-    (unsealed / "manifest.json").unlink()
+    (without_manifest / "manifest.json").unlink()
     exported = shutil.copytree(root / "hf_student", tmp_path / "exported")
     add_manifest(exported)
     flip_a_bit(exported / "model.safetensors")
-    found = ranks.run_ranks(resolve_each, 2, [whole, flipped, unsealed, exported], tmp_path / "cache")
+    found = ranks.run_ranks(resolve_each, 2, [whole, flipped, without_manifest, exported], tmp_path / "cache")
     changed = f"UserError: {flipped}: the content of weights/{largest.name} has changed. Remove it and import the model"
     for said in found:
-        assert said[0] == str(whole) and said[1].startswith(changed) and said[2] == str(unsealed)
+        assert said[0] == str(whole) and said[1].startswith(changed) and said[2] == str(without_manifest)
         assert said[3].startswith("UserError") and "exported: the content of model.safetensors has changed" in said[3]
 
 

@@ -225,7 +225,7 @@ def falls_back(checkpoint):
     return lines, written, [cache() is None for cache in caches]
 
 
-def test_a_failed_capture_is_said_once_and_decoding_goes_on_and_leaves_no_memory(student):
+def test_a_failed_capture_is_logged_once_and_decoding_continues_without_its_memory(student):
     lines, written, freed = run_ranks(falls_back, 1, student)[0]
     assert written == [WRITTEN[i] for i in (RULES, MANY, RULES, RULES, RULES)]
     first, second = lines  # of four rollouts without graphs; "off" is the user's word

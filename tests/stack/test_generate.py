@@ -65,7 +65,7 @@ def test_other_settings_are_refused(root, tmp_path):
         generate(root, tmp_path / "out", 1, "--model", "student", "data.limit=3", "rollout.temperature=0.5")
 
 
-def test_ranks_must_fill_whole_copies_of_the_model(root, tmp_path):
+def test_ranks_must_be_a_multiple_of_a_model_copy_s(root, tmp_path):
     layout = ["parallel.tensor_model_parallel_size=2", "parallel.gpus_per_node=2"]
     with pytest.raises(AssertionError, match="1 ranks were started: must be a multiple of TP x PP = 2"):
         generate(root, tmp_path / "out", 1, "--model", "student", *layout)

@@ -87,7 +87,7 @@ def train_with_nan(config: TrainConfig) -> str:
 
 
 @pytest.mark.parametrize(("world_size", "parallel"), [(2, {TP: 2}), (2, {PP: 2})], ids=["tp", "pp"])
-def test_a_nan_stops_every_rank_and_says_where(world_size, parallel, root, tmp_path):
+def test_a_nan_stops_every_rank_and_the_error_names_the_place(world_size, parallel, root, tmp_path):
     config = tiny_run.config(root, tmp_path, world_size, **parallel)
     config.checkpoint.every_n_steps = 1
     errors = ranks.run_ranks(train_with_nan, world_size, config)
@@ -130,7 +130,7 @@ def train_with_signal(config: TrainConfig, rank: int, step: int) -> int:
     return generate.call_count
 
 
-def test_a_signal_to_one_rank_saves_and_stops_all_and_the_run_goes_on(root, tmp_path):
+def test_a_signal_to_one_rank_saves_and_stops_all_and_the_run_resumes(root, tmp_path):
     config = tiny_run.config(root, tmp_path, 2, lmbda=1.0)
     ranks.run_ranks(train_with_signal, 2, config, 1, 2)
     assert newest_complete(tmp_path) == step_folder(tmp_path, 3)

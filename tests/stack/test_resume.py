@@ -56,7 +56,7 @@ def test_killed_and_resumed_it_is_one_run_bit_for_bit(layout, kills, configure, 
     assert kept == ["step_10", "step_8"] and all(find_damage(step_folder(tmp_path, n)) is None for n in (8, 10))
 
 
-def test_a_run_goes_on_in_another_layout(configure, uninterrupted, tmp_path):
+def test_a_run_resumes_in_another_layout(configure, uninterrupted, tmp_path):
     config = configure(tmp_path, "tp2_pp2", lmbda=0.0)
     assert train(config, kill_when=steps_done(config, 5)) is None
     outcome, expected = train(configure(tmp_path, "dp2", lmbda=0.0)), uninterrupted("dp2", lmbda=0.0)
@@ -67,7 +67,7 @@ def test_a_run_goes_on_in_another_layout(configure, uninterrupted, tmp_path):
         torch.testing.assert_close(outcome.weights[name], value, rtol=1e-5, atol=1e-5)
 
 
-def test_a_finished_run_goes_on_with_more_steps_and_the_new_configuration_s_learning_rate(root, tmp_path):
+def test_a_finished_run_continues_with_more_steps_and_the_new_learning_rate(root, tmp_path):
     config = tiny_run.config(root, tmp_path, 1)
     config.max_steps, config.optim.warmup_steps = 4, 1
     train(config)
@@ -89,7 +89,7 @@ def test_a_finished_run_goes_on_with_more_steps_and_the_new_configuration_s_lear
     assert rows[4]["loss"] < rows[0]["loss"]
 
 
-def test_killed_while_saving_it_goes_on_from_the_checkpoint_before(configure, uninterrupted, tmp_path):
+def test_a_run_killed_while_saving_resumes_from_the_checkpoint_before(configure, uninterrupted, tmp_path):
     config = configure(tmp_path)
     assert train(config, kill_when=saving(config, 8)) is None
     assert step_folder(tmp_path, 8).is_dir() and newest_complete(tmp_path) == step_folder(tmp_path, 4)
@@ -164,7 +164,7 @@ def draw_before_and_after(folder: Path) -> bool:
     return draw() == drawn != later
 
 
-def test_every_generator_of_every_rank_goes_on_where_it_was(tmp_path):
+def test_every_random_generator_of_every_rank_resumes_its_state(tmp_path):
     assert ranks.run_ranks(draw_before_and_after, 2, tmp_path) == [True, True]
 
 
@@ -186,7 +186,7 @@ def export_error(checkpoint: Path, output: Path) -> str:
     return str(error.value)
 
 
-def test_a_run_is_exported_from_its_newest_whole_checkpoint(configure, tmp_path):
+def test_a_run_is_exported_from_its_newest_complete_checkpoint(configure, tmp_path):
     from safetensors.torch import load_file
 
     run_dir = tmp_path / "checkpoints" / "run"  # a user's folder may have the name that a run's has

@@ -90,7 +90,7 @@ def again(stopped, tmp_path, **changes):
     return config
 
 
-def test_a_signal_to_one_rank_saves_and_says_so_on_all(stopped):
+def test_a_signal_to_one_rank_saves_on_all_and_is_logged(stopped):
     config, results = stopped
     checkpoint = step_folder(Path(config.run_dir), 3)
     assert [result for result, _ in results] == [Stopped(signal.SIGHUP, 3, checkpoint)] * 2
@@ -100,7 +100,7 @@ def test_a_signal_to_one_rank_saves_and_says_so_on_all(stopped):
     assert json.loads(left.read_text())["released"]
 
 
-def test_other_settings_are_told_and_each_attempt_s_are_kept(stopped, tmp_path):
+def test_changed_settings_are_logged_and_each_attempt_s_are_kept(stopped, tmp_path):
     config = again(stopped, tmp_path)
     config.max_steps, config.optim.lr, config.objective.beta = 4, 5e-4, 0.5
     shutil.copytree(config.student.path, tmp_path / "moved")  # the same student, elsewhere

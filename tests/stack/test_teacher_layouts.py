@@ -120,7 +120,7 @@ def look_at_a_pass(config: TrainConfig) -> dict:
     return seen | {"counted": sum(counted)}
 
 
-def test_the_teachers_pass_leaves_the_student_as_it_was_and_sends_what_it_says(root, tmp_path):
+def test_the_teachers_pass_leaves_the_student_unchanged_and_counts_sent_bytes(root, tmp_path):
     world_size, config = config_of(root, tmp_path, "pp4_tp2_dp2")
     config.max_steps = 2
     seen = ranks.run_ranks(look_at_a_pass, world_size, config)

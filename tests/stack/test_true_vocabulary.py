@@ -81,7 +81,7 @@ def prompt_ids():
     return [encode(start + prompt + end) for prompt in PROMPTS]
 
 
-def test_prompts_are_tokenized_as_qwens_ranks_say(pair, trained, tokenizer, prompt_ids):
+def test_prompts_are_tokenized_by_qwens_ranks(pair, trained, tokenizer, prompt_ids):
     from nemo_tsdkd.data.dataset import PromptDataset
 
     data = PromptDataset.load(tiny_run.config(pair, pair / "unused", 2).data, tokenizer)

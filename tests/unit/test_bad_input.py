@@ -454,7 +454,7 @@ def test_a_flipped_bit_is_found_by_reading(place, capfd):
     assert status == 2 and "the content of weights/__0_0.distcp has changed" in err
 
 
-def test_what_could_not_be_checked_is_said(place, capfd):
+def test_what_could_not_be_checked_is_listed(place, capfd):
     place.student = place.root / "nemo"
     shutil.copytree(place.teacher.parent / "nemo", place.student)
     (place.student / "manifest.json").unlink()

@@ -149,7 +149,7 @@ def test_train_needs_as_many_ranks_as_the_layout(capsys, overrides, trained):
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (2, 130), (1, 129)])
-def test_the_last_line_of_a_stopped_run_says_what_is_saved_and_how_to_go_on(
+def test_the_last_line_of_a_stopped_run_gives_the_checkpoint_and_the_resume_command(
     signum, status, capsys, overrides, trained, monkeypatch
 ):
     stopped = Stopped(signum, 7, Path("run dir", "checkpoints", "step_7"))

@@ -40,7 +40,7 @@ def test_every_configuration_composes_and_is_valid(name):
 
 
 @pytest.mark.parametrize("path", sorted(p for g in GROUPS for p in (CONF / g).glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_group_file_composes_and_sets_what_it_says(path):
+def test_every_group_file_composes_and_sets_its_fields(path):
     group = path.parent.name
     config = compose_config("tiny", [*PATHS, f"{group}={path.stem}"])
     config.validate()

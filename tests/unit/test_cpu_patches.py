@@ -49,7 +49,7 @@ def test_the_objective_alone_patches_nothing():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is patched where there is a GPU")
-def test_without_a_gpu_the_log_says_once_that_torch_is_patched():
+def test_without_a_gpu_the_log_reports_once_that_torch_is_patched():
     (active, changed, _), log = run(str(CPU), RANK="0")
     assert active and {"torch.zeros", "torch.compile", "Tensor.to", "cuda.current_device"} <= set(changed)
     assert log.count("torch is patched in this process") == 1 and "TSDKD_PATCH_TORCH=0" in log

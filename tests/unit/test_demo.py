@@ -66,7 +66,7 @@ def test_the_tokenizer_is_lossless_and_leaves_padding_to_test(tokenizer):
     assert len(widths) == 3 and all(width % 1024 for width in widths)  # 1024: what training pads to
 
 
-def test_models_are_saved_as_their_recipes_say_and_trained_once(tmp_path, monkeypatch):
+def test_models_match_their_recipes_and_are_trained_once(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "PROBLEMS", 64)
     recipes = {"teacher": replace(TINY, tie_word_embeddings=False, vocab_size=120), "student": TINY}
     folders = pretrain.pretrained(tmp_path, recipes)

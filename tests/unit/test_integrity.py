@@ -69,7 +69,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_and_the_log_says_why(kind, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_skipped_and_the_log_gives_the_reason(kind, tmp_path, caplog):
     damage, reason = DAMAGES[kind]
     older, newer = write(tmp_path, 1), write(tmp_path, 2)
     damage(newer)
@@ -127,7 +127,7 @@ for step in range(1, 100_000):
 """
 
 
-def test_killed_at_any_moment_the_newest_whole_is_the_last_or_one_just_saved(tmp_path):
+def test_killed_at_any_moment_the_newest_complete_is_the_last_or_one_just_saved(tmp_path):
     for attempt in range(5):
         run_dir = tmp_path / str(attempt)
         with subprocess.Popen([sys.executable, "-c", SAVER, str(run_dir)], stdout=subprocess.PIPE) as process:
@@ -139,7 +139,7 @@ def test_killed_at_any_moment_the_newest_whole_is_the_last_or_one_just_saved(tmp
         assert newest_complete(run_dir) in (step_folder(run_dir, last), step_folder(run_dir, last + 1))
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+def test_a_folder_is_written_atomically(tmp_path):
     target = tmp_path / "out"
     with pytest.raises(RuntimeError), atomic_folder(target) as folder:
         (folder / "a").write_text("half")

@@ -54,7 +54,7 @@ def test_slurm_step_expands_its_nodes_with_scontrol(clean, tmp_path):
     assert launch.environment().master_addr == "gpu07"
 
 
-def test_slurm_step_without_scontrol_says_what_to_export(clean):
+def test_slurm_step_without_scontrol_names_what_to_export(clean):
     clean.setenv("PATH", "/nonexistent")
     slurm_step(clean)
     with pytest.raises(ValueError, match="Export TSDKD_HOSTS"):

@@ -31,7 +31,7 @@ def write_steps(folder, steps, resume_step=0, summary=None):
     return metrics_logger
 
 
-def test_a_whole_run(tmp_path):
+def test_a_run_from_first_to_last_step(tmp_path):
     write_steps(tmp_path, range(1, 4), summary={"steps": 3})
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert rows == [{"step": step, **values(step)} for step in (1, 2, 3)]
@@ -160,7 +160,7 @@ def test_provenance(tmp_path):
     assert versions["git"].keys() == {"revision", "dirty"}
 
 
-def test_each_attempt_s_configuration_stays_and_what_changed_is_told(tmp_path):
+def test_each_attempt_s_configuration_is_kept_and_changes_are_listed(tmp_path):
     config = TrainConfig(run_dir="r", student=ModelConfig("s"), teacher=TeacherConfig("t"), data=DataConfig(path="d"))
     assert changed_settings(tmp_path, config) == []
     save_provenance(tmp_path, config)

@@ -46,7 +46,7 @@ def config(model, tmp_path, monkeypatch):
     return c
 
 
-def test_whole_weights_pass(model):
+def test_complete_weights_pass(model):
     check_weights(model)
 
 
@@ -158,7 +158,7 @@ def test_the_canary_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ranks_of_a_node_that_say_the_same_share_a_line():
+def test_ranks_of_a_node_with_the_same_error_share_a_line():
     findings = [Finding("n1", 0, {}), Finding("n2", 2, {}, ["no GPU"]), Finding("n2", 3, {}, ["no GPU"])]
     assert _grouped(findings) == ["n2 (rank 2, 3): no GPU"]
 

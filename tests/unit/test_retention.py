@@ -47,7 +47,7 @@ def test_the_newest_and_each_so_many_th_stay(tmp_path):
     assert not any((folder / "unfinished").exists() for folder in checkpoint_folders(tmp_path))
 
 
-def test_the_only_whole_one_stays(tmp_path):
+def test_the_only_complete_checkpoint_stays(tmp_path):
     write(tmp_path, 1)
     write(tmp_path, 2, complete=False)
     remove_old_checkpoints(tmp_path, 1, "ours", keep_last=1)

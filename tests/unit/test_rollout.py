@@ -152,7 +152,7 @@ def test_a_key_of_noise_is_that_of_the_sample_and_of_the_tokens_place_in_the_res
         assert rows.noise(slice(2)).tolist() == keys
 
 
-def test_a_row_that_nothing_can_be_drawn_for_says_so_and_feeds_a_token_that_has_an_embedding():
+def test_a_row_without_a_drawable_token_is_marked_and_feeds_a_valid_token():
     rows = Rows(2, 4, [], torch.device("cpu"))
     rows.load([Row(0, 0, 3, 0, 9), Row(1, 0, 3, 0, 9)], torch.zeros(2, dtype=torch.int64))
     rows.tokens.copy_(torch.tensor([5, NO_TOKEN]))

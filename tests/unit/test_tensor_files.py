@@ -27,7 +27,7 @@ def test_names_dtypes_and_shapes_come_from_every_shard(shards):
     assert found == {"a": (FIRST, "F32", (3, 4)), "b": (FIRST, "F16", (5,)), "c": (SECOND, "F32", ())}
 
 
-def test_one_whole_file_is_read_alone(shards):
+def test_a_single_file_is_read_without_an_index(shards):
     save_file({"d": np.zeros(2, np.float32)}, shards / SINGLE)  # transformers prefers it to the index
     assert stored_tensors(shards).keys() == {"d"}
 
