@@ -202,7 +202,8 @@ def test_the_teacher_writes_data_that_training_reads(lab, root):
     # The container's runtime sets a rank's variables half: lab.sh's pyxis does as NVIDIA's.
     fields = {"OUTPUT": str(output), "CONTAINER_IMAGE": "image.sqsh", **inputs(root)}
     flags = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
-    job = Job.submit("generate_teacher_data.sh", root / "gen", "--", *TINY, flags=flags, **fields)
+    layout = "teacher.parallel.tensor_model_parallel_size=2"
+    job = Job.submit("generate_teacher_data.sh", root / "gen", "--", *TINY, layout, flags=flags, **fields)
     job.wait_end("COMPLETED", 240)
     rows = [json.loads(line) for path in sorted(output.glob("*.jsonl")) for line in path.read_text().splitlines()]
     assert len(rows) == 37 and all(row["response"] for row in rows)
