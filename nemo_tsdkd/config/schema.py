@@ -32,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 HEADS = ("logits", "fused")
 REDUCTIONS = ("sequence", "token")
 CUDA_GRAPHS = ("auto", "off")
+COMPILE = ("auto", "off")
 # What one tile of the objective holds by default: a CPU's cache keeps it; a GPU's launches cost little beside it.
 TILE_LOGITS = {"cpu": 2**19, "cuda": 2**23}
 MISSING = "???"  # a field the user must set
@@ -59,6 +60,7 @@ class ObjectiveConfig:
     reduction: str = "sequence"  # sequence | token: every sequence of the batch weighs alike, or every response token
     head: str = "logits"  # logits | fused: fused never holds a [tokens, V/TP] tensor
     tile_logits: int = 0  # fp32 logits of one model that a rank works on at once; 0: TILE_LOGITS of its device
+    compile: str = "auto"  # auto | off: on a GPU each pass over the logits is one kernel (objective/passes.py)
 
     def validate(self) -> None:
         """Raise UserError on the first field that breaks its rule. Names are checked by their registries."""
@@ -66,6 +68,7 @@ class ObjectiveConfig:
         validation.one_of("objective.preset", self.preset, list(PRESETS))
         validation.one_of("objective.head", self.head, HEADS)
         validation.one_of("objective.reduction", self.reduction, REDUCTIONS)
+        validation.one_of("objective.compile", self.compile, COMPILE)
         validation.share(self, "objective.", "beta", "threshold", "entropy_fraction")
         validation.require(
             self.beta in (0, 1) or 1e-3 <= self.beta <= 1 - 1e-3,

@@ -16,11 +16,12 @@ from torch import Tensor
 from nemo_tsdkd.config.schema import ObjectiveConfig
 from nemo_tsdkd.distributed.vocab_parallel import Group, all_gather, all_reduce, group_rank, group_size, top_k_by_id
 from nemo_tsdkd.objective.extra_terms import TokenStatistics, extra_terms
-from nemo_tsdkd.objective.heads import FusedHead, LogitsHead, Tile, compute_dtype
+from nemo_tsdkd.objective.heads import FusedHead, LogitsHead, Tile
 from nemo_tsdkd.objective.output import Metrics
+from nemo_tsdkd.objective.passes import compute_dtype, passes, scaled_
 from nemo_tsdkd.objective.resolve import ResolvedObjective
 from nemo_tsdkd.objective.sequences import SequenceLayout
-from nemo_tsdkd.objective.terms import FLOOR, SoftmaxSums, add_entropy_grad_, divergence, plackett_luce, rank_agreement
+from nemo_tsdkd.objective.terms import FLOOR, SoftmaxSums, divergence, plackett_luce, rank_agreement
 from nemo_tsdkd.objective.weights import TokenWeights
 
 Head = LogitsHead | FusedHead
@@ -69,11 +70,12 @@ class Saved:
     columns_grad: Tensor  # [o, k_local]
 
 
-def softmax_sums(head: Head, tp_group: Group) -> SoftmaxSums:
+def softmax_sums(head: Head, config: ObjectiveConfig, tp_group: Group) -> SoftmaxSums:
     """Softmax sums of both models, [2, n] each, over the whole vocabulary: one pass and two packed reductions."""
     sums = SoftmaxSums.empty(head.student.new_empty((2, head.num_tokens), dtype=compute_dtype(head.student.dtype)))
+    run = passes(config, head.student.device)
     for rows, _, logits in head.tiles():
-        parts = zip(*map(SoftmaxSums.of_, logits), strict=True)
+        parts = zip(*(run.softmax(z, run.temperature) for z in logits), strict=True)
         merged = sums.at(slice(None), rows).merge(SoftmaxSums(*map(torch.stack, parts)))
         for whole, part in zip(sums, merged, strict=True):
             whole[:, rows] = part
@@ -83,18 +85,19 @@ def softmax_sums(head: Head, tp_group: Group) -> SoftmaxSums:
     return SoftmaxSums(peak, mass, moment)
 
 
-def candidates(head: Head, k: int, tp_group: Group) -> Candidates:
-    """The student's k best tokens at each of the head's positions: one small all-gather.
+def candidates(head: Head, config: ObjectiveConfig, tp_group: Group) -> Candidates:
+    """The student's top_k best tokens at each of the head's positions: one small all-gather.
 
     Lists are ordered by (logit descending, token id ascending) throughout: lower columns and lower ranks come first
     and every merge is a stable sort. A rank with fewer columns than k fills up with FLOOR, which never wins.
     """
-    k_local = min(k, head.padded_width)
+    k, k_local = config.top_k, min(config.top_k, head.padded_width)
     logits = torch.full(
         (2, head.num_tokens, k_local), FLOOR, dtype=compute_dtype(head.student.dtype), device=head.student.device
     )
     columns = torch.zeros(logits.shape[1:], dtype=torch.int64, device=logits.device)
-    for rows, tile, (student, teacher) in head.tiles():
+    for rows, tile, raw in head.tiles():
+        student, teacher = (scaled_(z, config.temperature) for z in raw)
         found, at = top_k_by_id(student, min(k_local, student.shape[1]))
         both = torch.cat([logits[:, rows], torch.stack([found, teacher.gather(-1, at)])], -1)
         order = both[0].sort(dim=-1, descending=True, stable=True).indices[:, :k_local]
@@ -127,8 +130,9 @@ def divergence_sums(head: Head, softmax: SoftmaxSums, config: ObjectiveConfig, t
     """The divergence's sums over the whole vocabulary, [2, n]: a second pass and one reduction."""
     rule = divergence(config)
     sums = torch.zeros_like(softmax.mass)
+    run = passes(config, head.student.device)
     for rows, _, logits in head.tiles():
-        sums[:, rows] += rule.sums_(*_log_probabilities_(logits, softmax, rows))
+        sums[:, rows] += run.divergence(rule, tuple(logits), _of_models(softmax, rows), run.temperature)
     return all_reduce(sums, dist.ReduceOp.SUM, tp_group)
 
 
@@ -138,12 +142,12 @@ def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor, Tensor]:
     Entropies are those of all tokens; candidates and divergences of the tokens alone that have weight in their term.
     """
     config, arithmetic, tp_group = call.objective.config, call.objective.arithmetic, call.tp_group
-    softmax = softmax_sums(head, tp_group)
+    softmax = softmax_sums(head, config, tp_group)
     entropies = softmax.entropy()
     tokens, place = call.layout.gather(call.mask, call.index, entropies)
     weights = TokenWeights(*call.layout.local(arithmetic.token_weights(tokens, config).stack(), place, call.index))
     opener = _rows(weights.indirect, config.indirect_kd_alpha)
-    found = candidates(head.take(opener), config.top_k, tp_group)
+    found = candidates(head.take(opener), config, tp_group)
     ranking_loss, columns_grad, agreement = indirect_term(found, arithmetic.reverses_ranking, tp_group)
     # An extra term may look at the divergence of any response token.
     compared = _rows(weights.response, 1) if config.extra_terms else _rows(weights.direct, config.direct_weight)
@@ -208,19 +212,18 @@ def gradient(head: Head, saved: Saved, config: ObjectiveConfig, scale: Tensor) -
     """Tiles of scale * d loss_sum / d student logits of `saved`'s tokens: a third pass, no collective."""
     rule, scale = divergence(config), scale / config.temperature
     sums = saved.divergence_sums
+    run, has_entropy = passes(config, head.student.device), bool(config.entropy_weight or config.extra_terms)
     for rows, columns, logits in head.tiles(teacher=sums is not None):
-        logs = _log_probabilities_(logits, saved.softmax, rows)
-        log_s, s = logs[0], logs[0].exp()
-        if sums is not None:
-            weight = scale * saved.direct[rows, None]
-            grad = rule.grad_(log_s, logs[1], s, sums[:, rows]).mul_(weight)
-            if not saved.compares_all:  # whatever the formula gives without sums
-                grad.masked_fill_(weight == 0, 0)
-        else:
-            grad = torch.zeros_like(s)
-        if config.entropy_weight or config.extra_terms:
-            entropy, weight = saved.student_entropy[rows], scale * saved.entropy[rows]
-            add_entropy_grad_(grad, log_s, s, entropy.unsqueeze(-1), weight.unsqueeze(-1))
+        grad = run.gradient(
+            rule,
+            tuple(logits),
+            _of_models(saved.softmax, rows)[: len(logits)],
+            run.temperature,
+            None if sums is None else sums[:, rows].T,
+            scale * saved.direct[rows],
+            (saved.student_entropy[rows], scale * saved.entropy[rows]) if has_entropy else None,
+            not saved.compares_all,
+        )
         _add_candidates_(grad, rows, columns, saved, scale)
         yield rows, columns, grad
 
@@ -233,8 +236,8 @@ def _add_candidates_(grad: Tensor, rows: slice, columns: slice, saved: Saved, sc
     grad.index_put_(at, torch.where(inside, saved.columns_grad * scale, 0), accumulate=True)
 
 
-def _log_probabilities_(logits: list[Tensor], softmax: SoftmaxSums, rows: slice) -> list[Tensor]:
-    return [softmax.at(model, rows).log_probabilities_(z) for model, z in enumerate(logits)]
+def _of_models(softmax: SoftmaxSums, rows: slice) -> tuple[SoftmaxSums, ...]:
+    return tuple(softmax.at(model, rows) for model in range(2))
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:

@@ -1,7 +1,8 @@
 """Where logits come from, tile by tile: from logits tensors, or from hidden states and head weights.
 
-A head knows n tokens and a rank's columns, hands out tiles of both models' logits in fp32 (fp64 where the inputs
-are), and takes tiles of gradient back. One tile of each kind exists at a time; the objective sees nothing else.
+A head knows n tokens and a rank's columns, hands out tiles of both models' logits as they are (passes.py makes them
+fp32 or wider and divides them by the temperature), and takes tiles of gradient back. One tile of each kind exists at
+a time; the objective sees nothing else.
 """
 
 from __future__ import annotations
@@ -13,15 +14,11 @@ import torch
 from torch import Tensor
 
 from nemo_tsdkd.distributed.vocab_parallel import Overlap
-from nemo_tsdkd.objective.terms import FLOOR
+from nemo_tsdkd.objective.passes import compute_dtype
 
 Tile = tuple[slice, slice, Tensor]  # tokens, columns, values [tokens, columns]
 LogitsTile = tuple[slice, slice, list[Tensor]]  # the same with the student's and, if asked for, the teacher's logits
 _WIDE = 64  # columns of a tile come in multiples of it: a Hopper GEMM's rows begin at multiples of 16 bytes
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _spans(length: int, step: int) -> Iterator[slice]:
@@ -45,7 +42,6 @@ class LogitsHead:
     right: Tensor
     index: Tensor
     overlap: Overlap
-    temperature: float
     tile_logits: int
     overwrite: bool = False
 
@@ -70,16 +66,15 @@ class LogitsHead:
         return replace(self, index=self.index[index], left=self.left[index], right=self.right[index])
 
     def tiles(self, teacher: bool = True) -> Iterator[LogitsTile]:
-        """Runs of tokens over all true columns, divided by the temperature; the caller may overwrite them."""
+        """Runs of tokens over all true columns; the caller may overwrite them."""
         width, (first, end) = self.overlap.width, self.overlap.own
-        dtype = compute_dtype(self.student.dtype)
         for rows in _spans(self.num_tokens, max(1, self.tile_logits // width)) if width else ():
             models = [self.student[:, :width].index_select(0, self.index[rows])]
             if teacher:
                 own = self.teacher[:, first:end].index_select(0, self.index[rows])
                 moved = self.left.shape[1] + self.right.shape[1]
                 models.append(torch.cat([self.left[rows], own, self.right[rows]], -1) if moved else own)
-            yield rows, slice(0, width), [_scaled_(z.to(dtype), self.temperature) for z in models]
+            yield rows, slice(0, width), models
 
     def backward(self, gradient: Iterator[Tile]) -> tuple[Tensor, ...]:
         """d loss / d student logits; zero for padding columns and for rows that are not this head's tokens."""
@@ -116,7 +111,6 @@ class FusedHead:
     teacher: Tensor
     teacher_weight: tuple[Tensor, ...]
     overlap: Overlap
-    temperature: float
     tile_logits: int
 
     @property
@@ -140,13 +134,13 @@ class FusedHead:
         return replace(self, student=self.student[index], teacher=self.teacher[index])
 
     def tiles(self, teacher: bool = True) -> Iterator[LogitsTile]:
-        """Runs of true columns over all tokens, divided by the temperature; the caller may overwrite them."""
+        """Runs of true columns over all tokens; the caller may overwrite them."""
         dtype, all_rows = compute_dtype(self.student.dtype), slice(0, self.num_tokens)
         for columns in self._columns():
             models = [_product(self.student, self.student_weight[columns], dtype)]
             if teacher:
                 models.append(_product(self.teacher, self._teacher_rows(columns), dtype))
-            yield all_rows, columns, [_scaled_(z, self.temperature) for z in models]
+            yield all_rows, columns, models
 
     def _columns(self) -> Iterator[slice]:
         if not self.num_tokens:
@@ -183,7 +177,3 @@ def _product(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     if hidden.dtype == dtype or not hidden.is_cuda:
         return hidden.to(dtype) @ weight.to(dtype).T
     return torch.mm(hidden, weight.T, out_dtype=dtype)  # the same tensor cores; only what they store is wider
-
-
-def _scaled_(z: Tensor, temperature: float) -> Tensor:
-    return (z if temperature == 1 else z.div_(temperature)).clamp_(min=FLOOR)

@@ -65,7 +65,6 @@ def tsdkd_loss(
         right=right.T,
         index=call.index,
         overlap=overlap,
-        temperature=objective.config.temperature,
         tile_logits=_tile_logits(objective.config, student),
         overwrite=overwrite_student_logits,
     )
@@ -118,7 +117,6 @@ def tsdkd_loss_from_hidden(
         teacher=head_rows(teacher_hidden.detach(), call.index, tp_group, sequence_parallel),
         teacher_weight=(left, weight[slice(*overlap.own)], right),
         overlap=overlap,
-        temperature=objective.config.temperature,
         tile_logits=_tile_logits(objective.config, student_hidden),
     )
     return _run(call, head)

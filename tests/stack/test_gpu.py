@@ -11,7 +11,7 @@ import torch
 from engine_cases import *  # noqa: F403  tests
 from objective_cases import Case
 
-from nemo_tsdkd.objective import tsdkd_loss, tsdkd_loss_from_hidden
+from nemo_tsdkd.objective import ObjectiveConfig, tsdkd_loss, tsdkd_loss_from_hidden
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,9 +25,10 @@ def on_gpu(tensors):
 
 
 # On the same rounded inputs: of bf16 only the gradient that is returned is rounded.
+@pytest.mark.parametrize("mode", ["auto", "off"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
-def test_the_logits_path_equals_the_oracle(dtype, tolerance):
-    case = Case()
+def test_the_logits_path_equals_the_oracle(dtype, tolerance, mode):
+    case = Case(ObjectiveConfig(compile=mode))
     cpu = case.tensors(dtype)
     exact = {name: value.double() for name, value in cpu.items() if name != "mask"}
     exact["student"].requires_grad_()

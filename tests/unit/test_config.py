@@ -156,6 +156,7 @@ def test_ranks_that_share_no_batch_may_be_any_number():
         ("micro_batch_size=-1", "micro_batch_size = -1: must be greater"),
         ("seed=-1", "seed = -1: must not be negative"),
         ("objective.preset=best", "objective.preset = 'best': must be one of paper, reference"),
+        ("objective.compile=always", "objective.compile = 'always': must be one of auto, off"),
         ("objective.head=dense", "objective.head = 'dense': must be one of logits, fused"),
         ("objective.beta=1.01", r"objective.beta = 1.01: must lie in \[0, 1\]"),
         ("objective.beta=.nan", "objective.beta = nan: must be a finite number"),
