@@ -236,7 +236,7 @@ def measure(folder: Path, repeats: int, before: OtherCheckout | None) -> list[di
                     best[name] = speed, tokens
         speed_before = best.pop("before", (0.0, 0))[0]
         for name, (speed, tokens) in best.items():
-            row = {"workload": workload, "implementation": name, "response_tokens": tokens, "tokens_per_second": speed}
+            row = {"workload": workload, "writer": name, "response_tokens": tokens, "tokens_per_second": speed}
             rows.append(row | {"times_hugging_face": speed / best["Hugging Face"][0]})
             if name == "ours":
                 rows[-1] |= counted(ours, prompts(*shape), eos_ids)
@@ -308,7 +308,7 @@ def main() -> None:
             out = run_python(__file__, "--folder", folder, *options)
         for row in json.loads(out.splitlines()[-1]):
             rows.append({"model": name, **row})
-            print(f"{name:9}{row['workload']:18}{row['implementation']:14}{shown(row)}", flush=True)
+            print(f"{name:9}{row['workload']:18}{row['writer']:14}{shown(row)}", flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
 
