@@ -125,6 +125,7 @@ def test_another_student_and_another_tokenizer_are_refused_by_content(stopped, t
         getattr(config, which).path = str(tmp_path / which)
         (template,) = (tmp_path / which).glob("context/huggingface/chat_template.jinja")
         template.write_text(template.read_text() + " ")
+        (tmp_path / which / "manifest.json").unlink()  # another model, not a damaged one
     before = Path(config.run_dir, "config.yaml").read_bytes()
     said = refusals(config)
     assert said[0] == said[1] and "student.path: its tokenizer is not the one that this run began with" in said[0]
@@ -133,6 +134,7 @@ def test_another_student_and_another_tokenizer_are_refused_by_content(stopped, t
     config.student.path = str(tmp_path / "other" / "student")
     shard = max(Path(config.student.path, "weights").glob("*.distcp"), key=lambda p: p.stat().st_size)
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
+    Path(config.student.path, "manifest.json").unlink()
     said = refusals(config)
     assert said[0] == said[1] and "student.path: its student is not the one that this run began with" in said[0]
     assert Path(config.run_dir, "config.yaml").read_bytes() == before
