@@ -12,6 +12,7 @@ from nemo_tsdkd.checkpoints.shape import ModelShape
 from nemo_tsdkd.config.integers import ceil_div
 from nemo_tsdkd.config.schema import TILE_LOGITS
 from nemo_tsdkd.config.train_config import TrainConfig
+from nemo_tsdkd.distributed.layout import teacher_layout
 
 GIB = 2**30
 RESERVE = 6 * GIB  # CUDA context, NCCL and cuBLAS work space, fragmentation
@@ -108,12 +109,11 @@ def per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> Me
 
 def teacher_per_gpu(config: TrainConfig, student: ModelShape, teacher: ModelShape) -> int:
     """Bytes on the fullest GPU of the teacher's own nodes: its weights and the hidden states of a step."""
-    layout = config.teacher_parallel
+    layout = teacher_layout(config)
     teacher = replace(teacher, vocab=max(student.vocab, teacher.vocab))
-    rows = ceil_div(config.global_batch_size, config.teacher_world_size // layout.model_parallel_size)
-    shards = layout.context_parallel_size * (layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
+    rows = ceil_div(config.global_batch_size, layout.data)
     itemsize = 4 if config.teacher.precision == "fp32" else 2
-    hidden = itemsize * rows * config.data.seq_length * teacher.hidden // shards
+    hidden = itemsize * rows * config.data.seq_length * teacher.hidden // layout.sequence_shards
     return _teacher_weights(config, teacher) + (0 if config.teacher.offload_hidden_states else hidden) + RESERVE
 
 

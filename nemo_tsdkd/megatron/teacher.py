@@ -60,7 +60,7 @@ class Teacher:
         self._pass = None
         if job.rank in self.layout.ranks:
             parallel = None if train_config.one_layout else train_config.teacher_parallel
-            teacher_config, keep_head = train_config.teacher, loaded_head is None
+            teacher_config, keep_head = train_config.teacher, train_config.one_layout
             self._pass = TeacherPass(gpt_config, checkpoint, teacher_config, parallel, keep_head=keep_head)
         self._loaded_head = loaded_head
 
