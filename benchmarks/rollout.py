@@ -14,6 +14,8 @@ model, which writes one token of each sequence. `operators_per_token` counts ope
 allocations do none), `host_reads_per_token` the waits for a value from the device. `graphs` is the number of shapes in
 which a decode step came at least twice: as many CUDA graphs are captured where there is CUDA. With `--before`, the code
 of another checkout is measured in the same turns, in a process of its own; its figures carry the prefix `before_`.
+Implementations run in turns: the ratio to Hugging Face is that of the fastest runs, and in brackets stand the least and
+the largest ratio within one turn.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +90,11 @@ class Ours:
     def __init__(self, folder: Path) -> None:
         from nemo_tsdkd.config.schema import ParallelConfig, RolloutConfig
         from nemo_tsdkd.megatron.checkpoints.load import gpt_config
+        from nemo_tsdkd.megatron.rollout.generation import generate
         from nemo_tsdkd.megatron.rollout.responses import load_for_decoding
 
+        # Another checkout may be from the time when the argument was called `config`.
+        self.config_name = "rollout_config" if "rollout_config" in signature(generate).parameters else "config"
         self.model = load_for_decoding(gpt_config(folder / "nemo"), folder / "nemo", ParallelConfig())
         self.config = RolloutConfig(max_new_tokens=NEW_TOKENS, batch_size=BATCH)
 
@@ -96,7 +102,7 @@ class Ours:
         from nemo_tsdkd.data.tokenizer import Vocabulary
 
         vocabulary = Vocabulary(VOCAB, 0, tuple(eos_ids))
-        return {"rollout_config": self.config, "vocabulary": vocabulary, "tp_group": None, "pp_group": None}
+        return {self.config_name: self.config, "vocabulary": vocabulary, "tp_group": None, "pp_group": None}
 
     def __call__(self, batch: list[list[int]], eos_ids: list[int]) -> int:
         from nemo_tsdkd.megatron.rollout.generation import generate
@@ -224,7 +230,7 @@ def measure(folder: Path, repeats: int, before: OtherCheckout | None) -> list[di
         implementations["before"] = before
     rows = []
     for workload, (*shape, eos_ids) in WORKLOADS.items():
-        best: dict[str, tuple[float, int]] = {}
+        runs: dict[str, list[tuple[float, int]]] = {}  # by implementation: (tokens a second, response tokens)
         for repeat in range(repeats + 1):
             for name, generate in implementations.items():
                 if name == "re-forward" and workload != "fixed":
@@ -232,20 +238,28 @@ def measure(folder: Path, repeats: int, before: OtherCheckout | None) -> list[di
                 start = time.perf_counter()
                 tokens = generate(prompts(*shape), eos_ids)
                 speed = tokens / (time.perf_counter() - start)
-                if repeat and speed > best.get(name, (0.0, 0))[0]:  # the first round warms up
-                    best[name] = speed, tokens
+                if repeat:  # the first round warms up
+                    runs.setdefault(name, []).append((speed, tokens))
+        turns = {name: spread(runs, name) for name in runs}
+        best = {name: max(speeds) for name, speeds in runs.items()}
         speed_before = best.pop("before", (0.0, 0))[0]
         for name, (speed, tokens) in best.items():
             row = {"workload": workload, "writer": name, "response_tokens": tokens, "tokens_per_second": speed}
-            rows.append(row | {"times_hugging_face": speed / best["Hugging Face"][0]})
+            rows.append(row | {"times_hugging_face": speed / best["Hugging Face"][0], **turns[name]})
             if name == "ours":
                 rows[-1] |= counted(ours, prompts(*shape), eos_ids)
                 rows[-1]["graphs"] = ours.graphs(prompts(*shape), eos_ids)
                 if before:
                     earlier = {"tokens_per_second": speed_before} | before.counted(prompts(*shape), eos_ids)
-                    earlier["times_hugging_face"] = speed_before / best["Hugging Face"][0]
+                    earlier |= {"times_hugging_face": speed_before / best["Hugging Face"][0], **turns["before"]}
                     rows[-1] |= {f"before_{key}": value for key, value in earlier.items()}
     return rows
+
+
+def spread(runs: dict[str, list[tuple[float, int]]], name: str) -> dict[str, float]:
+    """The least and the largest ratio of `name` to Hugging Face in one turn."""
+    ratios = [ours[0] / theirs[0] for ours, theirs in zip(runs[name], runs["Hugging Face"], strict=True)]
+    return {"least_ratio": min(ratios), "largest_ratio": max(ratios)}
 
 
 def in_world_of_one(threads: int, work: Callable[[], Any]) -> Any:
@@ -270,13 +284,17 @@ def measured(folder: Path, threads: int, repeats: int, checkout: Path | None) ->
             before.close()
 
 
+def speed_shown(row: dict, prefix: str) -> str:
+    turns = f"({row[prefix + 'least_ratio']:.2f}-{row[prefix + 'largest_ratio']:.2f})"
+    return f"{row[prefix + 'tokens_per_second']:9.0f} tokens/s{row[prefix + 'times_hugging_face']:7.2f} {turns} x HF"
+
+
 def shown(row: dict) -> str:
-    line = f"{row['tokens_per_second']:9.0f} tokens/s{row['times_hugging_face']:7.2f} x Hugging Face"
+    line = speed_shown(row, "")
     for prefix in ("", "before_"):
         if f"{prefix}operators_per_token" in row:
             if prefix:
-                line += f"\n{'before':>45}{row['before_tokens_per_second']:9.0f} tokens/s"
-                line += f"{row['before_times_hugging_face']:7.2f} x Hugging Face"
+                line += f"\n{'before':>45}{speed_shown(row, prefix)}"
             line += f", {row[prefix + 'operators_per_token']:.0f} operators"
             line += f" and {row[prefix + 'host_reads_per_token']:.3f} host reads a token"
     return line + (f", {row['graphs']} graphs" if "graphs" in row and "before_tokens_per_second" not in row else "")

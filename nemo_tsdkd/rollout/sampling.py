@@ -65,15 +65,16 @@ def on_policy(seed: int, step: int, lmbda: float) -> bool:
 
 def vocab_parallel_argmax(scores: Tensor, token_ids: Tensor, tp_group: Group = None) -> Tensor:
     """Token ids [B] of the largest scores [B, N], whose columns are the tokens [N]; ties go to the lower token id.
-    NO_TOKEN where all scores are -inf or one is NaN."""
+    NO_TOKEN where all scores are -inf, or one is +inf or NaN."""
     best, column = scores.max(dim=-1)  # the first of equals; NaN where there is one
     pairs = all_gather(torch.stack((best.double(), token_ids[column].double())), tp_group)  # [TP, 2, B]
     best, winner = pairs[:, 0].max(dim=0, keepdim=True)
-    return pairs[:, 1].gather(0, winner).masked_fill(~(best > -torch.inf), NO_TOKEN)[0].long()
+    return pairs[:, 1].gather(0, winner).masked_fill(~(best.abs() < torch.inf), NO_TOKEN)[0].long()
 
 
 def keep_top_k(scores: Tensor, top_k: int, tp_group: Group = None) -> Tensor:
-    """Scores [B, V_local] below the `top_k`-th largest of the whole vocabulary set to -inf; ties with it all stay."""
+    """Scores [B, V_local] below the `top_k`-th largest of the whole vocabulary set to -inf; ties with it all stay, and
+    so does NaN."""
     candidates = scores.topk(min(top_k, scores.shape[-1])).values
     candidates = all_gather(candidates, tp_group).transpose(0, 1).flatten(1)  # [B, TP * k]
     threshold = candidates.topk(min(top_k, candidates.shape[-1])).values[:, -1:]
@@ -85,7 +86,8 @@ def keep_top_p(scores: Tensor, top_p: float, tp_group: Group = None) -> Tensor:
 
     The threshold is found by radix selection on the scores' 32 bits: four rounds each sum the probability in 256
     buckets and descend into the one where the mass, counted from the top, passes `top_p`. Ranks exchange
-    [B, 256] sums, whatever the size of the nucleus.
+    [B, 256] sums, whatever the size of the nucleus. A row with NaN or +inf has a mass of NaN on every rank and keeps
+    all its tokens.
     """
     peak = all_reduce(scores.max(dim=-1, keepdim=True).values, ReduceOp.MAX, tp_group)
     mass = (scores - peak).exp().double()
@@ -148,15 +150,15 @@ def sample(
     if first + scores.shape[-1] > vocab_size:
         scores = scores.masked_fill(token_ids >= vocab_size, -torch.inf)
     greedy = temperature < _COLDEST
-    scores = scores if greedy else scores / temperature
-    broken = ~(scores < torch.inf).all(dim=-1, keepdim=True)  # before the rules, whose thresholds a NaN may pass by
+    if not greedy and temperature != 1:
+        scores = scores / temperature
     if not greedy and 0 < top_k < vocab_size:
         scores = keep_top_k(scores, top_k, tp_group)
     if not greedy and top_p < 1:
         scores = keep_top_p(scores, top_p, tp_group)
     if not greedy:
         scores = scores + gumbel(keys, token_ids)
-    tokens = vocab_parallel_argmax(scores.masked_fill(broken, torch.nan), token_ids, tp_group)
+    tokens = vocab_parallel_argmax(scores, token_ids, tp_group)
     if check and (nothing := (tokens == NO_TOKEN).nonzero().flatten().tolist()):
         raise FloatingPointError(
             f"logits of rows {nothing}: NaN, +inf or nothing but -inf, so no token can be drawn. Look at the weights."

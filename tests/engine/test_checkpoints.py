@@ -6,8 +6,8 @@ import tiny_hf
 import tiny_run
 import torch
 from interruptions import same, steps_done, train
-from runs import SP, TP
 from safetensors.torch import load_file
+from training_runs import SP, TP
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "llama"])

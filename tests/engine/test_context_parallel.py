@@ -10,8 +10,8 @@ import ranks
 import tiny_run
 import torch
 from megatron_chunk import build
-from runs import CP, SP, TP, compare, run
 from torch import distributed as dist
+from training_runs import CP, SP, TP, compare, run
 
 from nemo_tsdkd.checks import precision
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import tiny_run
-from runs import CP, PP, SP, TP, compare, run
+from training_runs import CP, PP, SP, TP, compare, run
 
 STEPS = 2
 

@@ -36,12 +36,13 @@ def _draws():
     tied[1, [9, 17, 33]] = 1.0
     tied = tied.chunk(dist.get_world_size(), dim=-1)[dist.get_rank()]
     drawn["greedy"] = sample(tied, keys[:2], temperature=0.0, vocab_size=VOCAB, tp_group=group)
-    broken = _logits().expand(3, -1).clone()
+    broken = _logits().expand(4, -1).clone()
     broken[1, 44] = torch.nan  # the last token; its shard is not the first at any size
+    broken[3, 44] = torch.inf
     broken = broken.chunk(dist.get_world_size(), dim=-1)[dist.get_rank()]
     for name, rule in RULES.items():
         drawn[f"broken {name}"] = sample(
-            broken, keys[:3], temperature=1.0, vocab_size=VOCAB, tp_group=group, check=False, **rule
+            broken, keys[:4], temperature=1.0, vocab_size=VOCAB, tp_group=group, check=False, **rule
         )
     return drawn
 
@@ -85,10 +86,10 @@ def test_greedy_ties_go_to_the_lower_token(tp):
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_a_nan_in_one_shard_is_seen_on_every_rank(tp):
+def test_nan_and_infinity_in_one_shard_are_seen_on_every_rank(tp):
     for name in RULES:
         drawn = draws(tp)[f"broken {name}"].tolist()
-        assert drawn[1] == NO_TOKEN and drawn[0] >= 0 and drawn[2] >= 0
+        assert drawn[1] == drawn[3] == NO_TOKEN and drawn[0] >= 0 and drawn[2] >= 0
 
 
 def test_the_test_would_see_a_wrong_temperature():

@@ -19,6 +19,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from nemo.collections.llm.gpt.model.base import HAVE_TE  # the same switch picks NeMo's layer spec
@@ -48,6 +49,10 @@ def check_model(model: GPTModel) -> None:
         "softmax_type": (config.softmax_type, "vanilla"),
         "normalization": (config.normalization, "RMSNorm"),
         "layernorm_zero_centered_gamma": (config.layernorm_zero_centered_gamma, False),
+        "gated_linear_unit": (config.gated_linear_unit, True),
+        "activation_func": (config.activation_func, functional.silu),
+        "activation_func_clamp_value": (config.activation_func_clamp_value, None),
+        "glu_linear_offset": (config.glu_linear_offset, 0.0),
         "virtual_pipeline_model_parallel_size": (config.virtual_pipeline_model_parallel_size, None),
     }
     for name, (value, supported) in rules.items():
@@ -166,6 +171,12 @@ def _attention(cache: KVCache, module: SelfAttention, hidden_states: Tensor) -> 
     return module.linear_proj(cache.attend(module, query, key, value))
 
 
+def _mlp(module: MLP, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    gate_and_up, bias = module.linear_fc1(hidden_states)
+    gate, up = (gate_and_up if bias is None else gate_and_up + bias).chunk(2, dim=-1)
+    return module.linear_fc2(functional.silu(gate).mul_(up))
+
+
 def _column_parallel(module: torch.nn.Module, x: Tensor, weight: Tensor | None = None, **kwargs: Any) -> Any:
     added, left = _bias(module)
     return functional.linear(x, module.weight if weight is None else weight, added), left
@@ -220,6 +231,7 @@ def decoding(model: GPTModel, cache: KVCache) -> Iterator[None]:
         TransformerBlock: _block,
         TransformerLayer: _layer,
         SelfAttention: partial(_attention, cache),
+        MLP: _mlp,
         ColumnParallelLinear: _column_parallel,
         RowParallelLinear: _row_parallel,
         **_ENGINE,
