@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     place = environment()
     check_fields(config)
     check_ranks(config, place.world_size)
-    errors = Preflight(config, place, args.timeout, args.allow_cpu, args.deep).run()
+    errors = Preflight(config, place, timeout=args.timeout, allow_cpu=args.allow_cpu, deep=args.deep).run()
     for line in errors:
         print(f"preflight: FAILED: {line}", flush=True)
     if not errors and place.rank == 0:
@@ -65,7 +65,9 @@ def main(argv: Sequence[str]) -> None:
 class Preflight:
     """The checks in order: each node alone, then the shared file system, then the network."""
 
-    def __init__(self, config: TrainConfig, place: Launch, timeout: float, allow_cpu: bool, deep: bool = False) -> None:
+    def __init__(
+        self, config: TrainConfig, place: Launch, *, timeout: float, allow_cpu: bool, deep: bool = False
+    ) -> None:
         self.config, self.place, self.timeout, self.allow_cpu, self.deep = config, place, timeout, allow_cpu, deep
         host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
         self.finding = Finding(host, place.rank, installed_versions())
@@ -87,13 +89,13 @@ class Preflight:
         self._try(self._check_node, "node")
         if errors := self._report("node"):
             return errors
-        canary = probes.Canary(self.config.run_dir, self.place, self.store, wait=self.timeout / 2)
-        self._try(canary.show, "shared folder")
+        shared = probes.SharedFolder(self.config.run_dir, self.place, self.store, wait=self.timeout / 2)
+        self._try(shared.show, "shared folder")
         if errors := self._report("files"):
             return errors
         if self.place.rank == 0:
-            self._try(lambda: canary.check_answers(hosts()), "shared folder")
-            canary.remove()
+            self._try(lambda: shared.check_answers(hosts()), "shared folder")
+            shared.remove()
         network = probes.Network(self.place, self.config.parallel.gpus_per_node)
         long_timeout = timedelta(seconds=2 * self.timeout)  # torch would abort before our report
         self._try(lambda: network.connect(self.store, long_timeout), "meeting the other ranks")

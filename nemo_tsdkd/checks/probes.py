@@ -77,7 +77,7 @@ def check_gpu_memory(config: TrainConfig, shapes: dict[str, ModelShape]) -> None
         )
 
 
-class Canary:
+class SharedFolder:
     """A file in the run folder that every node must see, and one from every node that rank 0 must see.
 
     `wait` is in seconds: a network file system may show a new file to the other nodes only after a while.
@@ -93,17 +93,17 @@ class Canary:
         if self.place.rank == 0:
             token = secrets.token_hex(8)
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "canary").write_text(token)
-            self.store.set("canary", token)
+            (self.folder / "rank_0").write_text(token)
+            self.store.set("rank_0", token)
         elif self.place.local_rank == 0:
-            token = self.store.get("canary").decode()
-            if not _appears(self.folder / "canary", token, self.wait):
+            token = self.store.get("rank_0").decode()
+            if not _appears(self.folder / "rank_0", token, self.wait):
                 raise UserError(f"{self.folder.parent}: rank 0's file is not seen. run_dir must be on a shared disk.")
             (self.folder / str(self.place.node)).write_text(token)
 
     def check_answers(self, nodes: list[str]) -> None:
         """On rank 0, after every node has answered: raise UserError naming the nodes whose file is not there."""
-        token = (self.folder / "canary").read_text()
+        token = (self.folder / "rank_0").read_text()
         blind = [name for i, name in enumerate(nodes) if i > 0 and not _appears(self.folder / str(i), token, self.wait)]
         if blind:
             raise UserError(f"{self.folder.parent}: files of {', '.join(blind)} are not seen. Check their mounts.")

@@ -23,14 +23,14 @@ class Rows:
     Attributes, all int64 [rows]:
         tokens: drawn last; the input of the next step.
         positions: of these tokens; before a row's first token, of its prompt's last one.
-        left: how many tokens the row may still write; 0 or less: it has ended.
+        remaining: how many tokens the row may still write; 0 or less: it has ended.
     """
 
     def __init__(self, rows: int, window: int, eos_ids: Sequence[int], device: torch.device) -> None:
         zeros = partial(torch.zeros, dtype=torch.int64, device=device)
         self._state = zeros(5, rows)
         self._staging = torch.zeros(5, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self.tokens, self.positions, self.left, self._first, self._sample_keys = self._state.unbind()
+        self.tokens, self.positions, self.remaining, self._first, self._sample_keys = self._state.unbind()
         self._ends = torch.tensor([*eos_ids, NO_TOKEN], dtype=torch.int64, device=device)  # tokens that end a row
         self._pass = zeros(1)  # the running one
         self._passes = torch.arange(window + 1, device=device)[:, None]
@@ -64,11 +64,11 @@ class Rows:
 
     def advance(self, rows: slice) -> None:
         """Record the drawn `tokens` of rows that have not ended; end each row or advance its position."""
-        tokens, left = self.tokens[rows], self.left[rows]
-        self._history[:, rows].index_copy_(0, self._pass, tokens.masked_fill(left <= 0, NOTHING)[None])
-        left.sub_(1)
-        left.masked_fill_((tokens[:, None] == self._ends).any(-1), 0)
-        self.positions[rows].add_(left > 0)
+        tokens, remaining = self.tokens[rows], self.remaining[rows]
+        self._history[:, rows].index_copy_(0, self._pass, tokens.masked_fill(remaining <= 0, NOTHING)[None])
+        remaining.sub_(1)
+        remaining.masked_fill_((tokens[:, None] == self._ends).any(-1), 0)
+        self.positions[rows].add_(remaining > 0)
         tokens.clamp_(min=0)  # NO_TOKEN has no embedding
 
     def read(self, rows: int, steps: int) -> list[list[int]]:

@@ -39,14 +39,21 @@ WITHOUT_TORCH = [
 
 def imports(source: str) -> set[str]:
     """Absolute names of all modules a file imports, wherever in it; `from a import b` counts as a and a.b."""
-    names = set()
+    modules, inside = imported(source)
+    return modules | inside
+
+
+def imported(source: str) -> tuple[set[str], set[str]]:
+    """Absolute names that a file imports, wherever in it: the modules, and `a.b` for each `from a import b`."""
+    modules, inside = set(), set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+            modules.add(node.module)
+            inside |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules, inside
 
 
 def folder_of(module: str) -> str:
@@ -87,13 +94,8 @@ def test_imports_point_one_way(module):
 
 def absent(source: str) -> list[str]:
     """Modules of the package that a file imports and that do not exist."""
-    named = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            named |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            named.add(node.module)
-    return sorted(name for name in named if name.split(".")[0] == "nemo_tsdkd" and name not in MODULES)
+    modules, _ = imported(source)
+    return sorted(name for name in modules if name.split(".")[0] == "nemo_tsdkd" and name not in MODULES)
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_a_package_on_the_path_alone_has_no_requirements_to_check(monkeypatch):
 
 def test_a_node_that_does_not_see_the_run_folder(tmp_path):
     store = HashStore()
-    first, second = (probes.Canary(str(tmp_path / d), place(r), store, wait=0.5) for r, d in enumerate("ab"))
+    first, second = (probes.SharedFolder(str(tmp_path / d), place(r), store, wait=0.5) for r, d in enumerate("ab"))
     first.show()
     with pytest.raises(ValueError, match="rank 0's file is not seen"):
         second.show()
@@ -148,9 +148,9 @@ def test_a_node_that_does_not_see_the_run_folder(tmp_path):
         first.check_answers(["left", "right"])
 
 
-def test_the_canary_leaves_nothing_behind(tmp_path):
+def test_the_check_of_the_shared_folder_leaves_nothing_behind(tmp_path):
     store = HashStore()
-    first, second = (probes.Canary(str(tmp_path), place(r), store, wait=5) for r in range(2))
+    first, second = (probes.SharedFolder(str(tmp_path), place(r), store, wait=5) for r in range(2))
     first.show()
     second.show()
     first.check_answers(["left", "right"])

@@ -130,7 +130,7 @@ def test_rows_end_on_the_device_at_an_end_token_or_their_limit_and_then_stand_st
         rows.next_pass()
     no = NOTHING
     assert rows.read(4, 3) == [[7, 7, 7, EOS], [1, 9, 3, no], [2, no, 4, no], [no, no, EOS, no]]
-    assert (rows.left <= 0).all()
+    assert (rows.remaining <= 0).all()
     assert rows.positions.tolist() == [3, 1, 3, 0, 0, 0], "of the last token that was fed"
     schedule.record(rows.read(4, 3))
     assert [(r.token_ids, r.truncated) for r in schedule.responses()] == [
@@ -158,4 +158,4 @@ def test_a_row_without_a_drawable_token_is_marked_and_feeds_a_valid_token():
     rows.tokens.copy_(torch.tensor([5, NO_TOKEN]))
     rows.advance(slice(2))
     assert rows.read(2, 0) == [[5, NO_TOKEN]]
-    assert rows.left.tolist() == [8, 0] and rows.tokens.tolist() == [5, 0]
+    assert rows.remaining.tolist() == [8, 0] and rows.tokens.tolist() == [5, 0]
