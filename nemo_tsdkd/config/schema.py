@@ -33,6 +33,7 @@ HEADS = ("logits", "fused")
 REDUCTIONS = ("sequence", "token")
 CUDA_GRAPHS = ("auto", "off")
 COMPILE = ("auto", "off")
+RECOMPUTE = ("none", "selective", "full")
 # What one tile of the objective holds by default: a CPU's cache keeps it; a GPU's launches cost little beside it.
 TILE_LOGITS = {"cpu": 2**19, "cuda": 2**23}
 MISSING = "???"  # a field the user must set
@@ -140,7 +141,7 @@ class TeacherParallelConfig:
 
 @dataclass
 class TeacherConfig(ModelConfig):
-    micro_batch_size: int = 1  # rows of the teacher's forward-only pass
+    micro_batch_size: int = 1  # rows of the teacher's forward-only pass; in one layout at most the student's
     parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     nodes: int = 0  # the job's last nodes hold the teacher alone; 0: it shares the student's GPUs
     offload_hidden_states: bool = False  # keep them on the host until the student's pass needs them
@@ -164,6 +165,11 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
     sequence_parallel: bool = False  # norms and dropout on 1 / TP of a sequence's tokens
+    # none | selective | full: what the student's backward pass computes a second time instead of keeping it. The
+    # result is the same. Selective: each layer's MLP, two thirds of a layer's products and most of what it keeps, and
+    # attention scores where no flash kernel spares them (without Transformer Engine). Full: all of a layer but its
+    # input, a third more work. The teacher has no backward pass.
+    recompute: str = "none"
     num_nodes: int = 1
     gpus_per_node: int = 1  # ranks on a node; processes where there is no GPU
 
@@ -185,6 +191,7 @@ class ParallelConfig:
     def validate(self) -> None:
         tp, pp = "tensor_model_parallel_size", "pipeline_model_parallel_size"
         validation.positive(self, "parallel.", tp, pp, "context_parallel_size", "num_nodes", "gpus_per_node")
+        validation.one_of("parallel.recompute", self.recompute, RECOMPUTE)
 
 
 @dataclass

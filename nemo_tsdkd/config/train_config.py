@@ -35,6 +35,9 @@ class TrainConfig:
     max_steps: int = 1000
     global_batch_size: int = 64  # sequences of an optimizer step, over all ranks
     micro_batch_size: int = 1  # sequences of one forward and backward pass on a rank
+    # In place of micro_batch_size, if not 0: as many sequences as fit into so many tokens, padding included. A sequence
+    # that is longer has a micro-batch of its own.
+    micro_batch_tokens: int = 0
     seed: int = 1234
     progress_bar: bool = True
     student: ModelConfig = field(default_factory=ModelConfig)
@@ -93,7 +96,7 @@ class TrainConfig:
         for name, value in _leaves(self):
             _check_leaf(name, value)
         validation.positive(self, "", "max_steps", "global_batch_size", "micro_batch_size")
-        validation.not_negative(self, "", "seed")
+        validation.not_negative(self, "", "seed", "micro_batch_tokens")
         parts = (self.teacher, self.objective, self.data, self.rollout, self.parallel, self.optim, self.checkpoint)
         for part in parts:
             part.validate()
@@ -163,8 +166,23 @@ class TrainConfig:
             )
 
     def _validate_batch(self) -> None:
+        tokens = self.micro_batch_tokens
         validation.require(
-            not self.one_layout or self.teacher.micro_batch_size <= self.micro_batch_size,
+            not tokens or self.micro_batch_size == 1,
+            "micro_batch_size",
+            self.micro_batch_size,
+            f"micro_batch_tokens = {tokens} decides how many sequences a micro-batch has",
+            "Leave one of the two out.",
+        )
+        validation.require(
+            not tokens or tokens >= self.data.seq_length,
+            "micro_batch_tokens",
+            tokens,
+            f"must hold a sequence of data.seq_length = {self.data.seq_length} tokens",
+            "Raise it, or lower data.seq_length.",
+        )
+        validation.require(
+            not self.one_layout or tokens > 0 or self.teacher.micro_batch_size <= self.micro_batch_size,
             "teacher.micro_batch_size",
             self.teacher.micro_batch_size,
             f"must not exceed micro_batch_size = {self.micro_batch_size}: in one layout the teacher reads parts of it",

@@ -1,15 +1,14 @@
-"""Sequences of a global batch -> micro-batches: sorted by length, right-padded, ready for the model."""
+"""Rows -> micro-batches: how many rows share one, and how they are padded on the right, ready for the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from nemo_tsdkd.config.integers import round_up
-from nemo_tsdkd.data.dataset import Sample
+from nemo_tsdkd.config.integers import ceil_div
 
 
 class MicroBatch(TypedDict):
@@ -21,57 +20,38 @@ class MicroBatch(TypedDict):
     sample_index: Tensor  # [B] int64
 
 
-def make_micro_batches(
-    samples: Sequence[Sample],
-    responses: Sequence[Sequence[int]],
-    *,
-    micro_batch_size: int,
-    pad_id: int,
-    pad_to_multiple: int = 1,
-    device: torch.device | str = "cpu",
-) -> list[MicroBatch]:
-    """Cut the sequences `prompt + response` into micro-batches of rows of about the same length.
+def cut_by_rows(rows: Sequence[int], micro_batch_size: int) -> list[list[int]]:
+    """Micro-batches of `micro_batch_size` rows, in their order; the last may have fewer."""
+    return [list(rows[i : i + micro_batch_size]) for i in range(0, len(rows), micro_batch_size)]
 
-    The longest come first: if they do not fit into memory, the step fails at once and not in its middle. Rows of
-    one length keep the order of their `sample.index`, so the cut does not depend on the order of `samples`.
+
+def cut_by_tokens(rows: Sequence[int], width: Mapping[int, int], micro_batch_tokens: int) -> list[list[int]]:
+    """The fewest micro-batches of at most `micro_batch_tokens` tokens, padding included.
+
+    A row that is wider has one of its own.
 
     Args:
-        samples: the batch's prompts.
-        responses: the response of each sample; may be empty, which leaves its row of `response_mask` False.
-        micro_batch_size: rows of a micro-batch; divides `len(samples)`.
-        pad_id: token that fills a row; right of every real token, so causal attention never sees it.
-        pad_to_multiple: S is a multiple of it (TP with sequence parallelism, 2 x CP, FP8's tile).
-        device: where the tensors live.
-
-    Raises:
-        ValueError: the number of samples is not a multiple of `micro_batch_size`, or differs from that of responses.
+        rows: the widest first; each micro-batch is padded to its first row.
+        width: padded length of each row.
     """
-    if len(samples) != len(responses) or len(samples) % micro_batch_size:
-        raise ValueError(
-            f"{len(samples)} samples with {len(responses)} responses cannot be cut into micro-batches of "
-            f"{micro_batch_size} rows."
-        )
-    prompts, written = [len(s.prompt_ids) for s in samples], [len(r) for r in responses]
-    token_ids = [[*s.prompt_ids, *r] for s, r in zip(samples, responses, strict=True)]
-    lengths, index = list(map(len, token_ids)), [sample.index for sample in samples]
-    return [
-        pad_rows(
-            [token_ids[row] for row in rows],
-            [prompts[row] for row in rows],
-            [written[row] for row in rows],
-            [index[row] for row in rows],
-            width=round_up(lengths[rows[0]], pad_to_multiple),
-            pad_id=pad_id,
-            device=device,
-        )
-        for rows in cut_rows(lengths, index, micro_batch_size)
-    ]
+    chunks: list[list[int]] = []
+    for row in rows:
+        if chunks and (len(chunks[-1]) + 1) * width[chunks[-1][0]] <= micro_batch_tokens:
+            chunks[-1].append(row)
+        else:
+            chunks.append([row])
+    return chunks
 
 
-def cut_rows(lengths: Sequence[int], index: Sequence[int], micro_batch_size: int) -> list[list[int]]:
-    """The rows of each micro-batch, longest first; rows of one length in the order of their samples' `index`."""
-    rows = sorted(range(len(lengths)), key=lambda row: (-lengths[row], index[row]))
-    return [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
+def halve_largest(chunks: Sequence[list[int]], width: Mapping[int, int], count: int) -> list[list[int]]:
+    """`count` micro-batches out of fewer: those of the most tokens, padding included, are cut into halves."""
+    chunks = list(chunks)
+    while len(chunks) < count:
+        sizes = [len(chunk) * width[chunk[0]] if len(chunk) > 1 else 0 for chunk in chunks]
+        at = sizes.index(max(sizes))
+        half = ceil_div(len(chunks[at]), 2)
+        chunks[at : at + 1] = chunks[at][:half], chunks[at][half:]
+    return chunks
 
 
 def pad_rows(
@@ -84,7 +64,13 @@ def pad_rows(
     pad_id: int,
     device: torch.device | str,
 ) -> MicroBatch:
-    """One micro-batch: rows of token ids, their prompts' and responses' lengths and their sample indices."""
+    """One micro-batch: rows of token ids, their prompts' and responses' lengths and their sample indices.
+
+    Args:
+        width: tokens of the padded rows.
+        pad_id: token that fills a row; right of every real token, so causal attention never sees it.
+        device: where the tensors live.
+    """
     tokens = torch.full((len(token_ids), width), pad_id, dtype=torch.int64)
     for row, ids in zip(tokens, token_ids, strict=True):
         row[: len(ids)] = torch.as_tensor(ids)

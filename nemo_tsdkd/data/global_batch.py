@@ -5,7 +5,7 @@ Rows are numbered in the order of the student's data-parallel ranks: `[rank 0's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_tsdkd.config.integers import ceil_div, round_up
-from nemo_tsdkd.data.batch import MicroBatch, cut_rows, pad_rows
+from nemo_tsdkd.data.batch import MicroBatch, cut_by_rows, cut_by_tokens, halve_largest, pad_rows
 from nemo_tsdkd.data.dataset import Sample
 from nemo_tsdkd.distributed.layout import Cut, Ints
 
@@ -33,33 +33,29 @@ class GlobalBatch:
     first_row: int = 0
 
     @classmethod
-    def gather(
-        cls,
-        samples: Sequence[Sample],
-        responses: Sequence[Sequence[int]],
-        *,
-        with_tokens: bool,
-        dp_group: dist.ProcessGroup,
-        device: torch.device | str,
-    ) -> GlobalBatch:
-        """Gather the lengths of all data-parallel ranks' rows, and with `with_tokens` the rows too.
+    def of(cls, samples: Sequence[Sample], responses: Sequence[Sequence[int]]) -> GlobalBatch:
+        """One data-parallel rank's own rows; a response may be empty."""
+        pairs = list(zip(samples, responses, strict=True))
+        lengths = np.array([[s.index, len(s.prompt_ids), len(r)] for s, r in pairs], dtype=np.int64).reshape(-1, 3)
+        tokens = torch.zeros(len(pairs), int(lengths[:, 1:].sum(1).max(initial=0)), dtype=torch.int32)
+        for row, (sample, written) in zip(tokens, pairs, strict=True):
+            row[: len(sample.prompt_ids) + len(written)] = torch.tensor([*sample.prompt_ids, *written])
+        return cls(lengths, tokens)
 
-        Collective over `dp_group`, whose ranks have equally many samples; `device` is the one of its backend.
-        """
-        mine = torch.tensor(
-            [[s.index, len(s.prompt_ids), len(r)] for s, r in zip(samples, responses, strict=True)], device=device
-        )
+    def gather(self, *, with_tokens: bool, dp_group: dist.ProcessGroup, device: torch.device | str) -> GlobalBatch:
+        """The rows of all data-parallel ranks, each of which has equally many: their lengths, and with `with_tokens`
+        their tokens too. Collective over `dp_group`; `device` is the one of its backend."""
+        mine, own = torch.from_numpy(self.lengths).to(device), self.tokens
         rows = mine.new_empty(dp_group.size() * len(mine), 3)
         dist.all_gather_into_tensor(rows, mine, group=dp_group)
         lengths = rows.cpu().numpy()
-        tokens = torch.zeros(len(mine), int(lengths[:, 1:].sum(1).max()), dtype=torch.int32)
-        for row, sample, written in zip(tokens, samples, responses, strict=True):
-            row[: len(sample.prompt_ids) + len(written)] = torch.tensor([*sample.prompt_ids, *written])
         if not with_tokens:
-            return cls(lengths, tokens, first_row=dp_group.rank() * len(mine))
-        all_tokens = torch.empty(len(lengths), tokens.shape[1], dtype=torch.int32, device=device)
-        dist.all_gather_into_tensor(all_tokens, tokens.to(device), group=dp_group)
-        return cls(lengths, all_tokens.cpu())
+            return GlobalBatch(lengths, own, first_row=dp_group.rank() * len(mine))
+        tokens = torch.zeros(len(own), int(lengths[:, 1:].sum(1).max()), dtype=torch.int32, device=device)
+        tokens[:, : own.shape[1]] = own
+        all_tokens = tokens.new_empty(len(lengths), tokens.shape[1])
+        dist.all_gather_into_tensor(all_tokens, tokens, group=dp_group)
+        return GlobalBatch(lengths, all_tokens.cpu())
 
     @property
     def index(self) -> Ints:
@@ -78,33 +74,58 @@ class GlobalBatch:
         """The first position of each row whose logits predict a response token."""
         return self.prompt - 1
 
-    def student_cut(self, data_parallel_size: int, micro_batch_size: int, multiple: int) -> Cut:
-        """The cut of `make_micro_batches` on each data-parallel rank."""
-        rows = len(self.index) // data_parallel_size
-        return self._cut(
-            [list(range(first, first + rows)) for first in range(0, len(self.index), rows)], micro_batch_size, multiple
-        )
+    @property
+    def length(self) -> Ints:
+        return self.prompt + self.response
+
+    def student_cut(
+        self, data_parallel_size: int, micro_batch_size: int, multiple: int, *, micro_batch_tokens: int = 0
+    ) -> Cut:
+        """Each data-parallel rank's own rows in micro-batches of rows of about the same length.
+
+        All ranks have equally many micro-batches. The longest rows come first: if they do not fit into memory, the step
+        fails at once and not in its middle. Rows of one length keep the order of their samples' indices, so the cut
+        does not depend on the order of a rank's rows.
+
+        Args:
+            micro_batch_size: rows of a micro-batch; divides a rank's rows.
+            multiple: the padded lengths are multiples of it (`precision.pad_to_multiple`).
+            micro_batch_tokens: if not 0, a micro-batch has as many rows as fit into so many tokens, padding included;
+                ranks that need fewer micro-batches than another cut their largest into halves.
+        """
+        size, width = len(self.index) // data_parallel_size, self._padded(multiple)
+        shares = [self._longest_first(range(first, first + size)) for first in range(0, len(self.index), size)]
+        if not micro_batch_tokens:
+            return self._cut([cut_by_rows(share, micro_batch_size) for share in shares], width)
+        chunks = [cut_by_tokens(share, width, micro_batch_tokens) for share in shares]
+        count = max(map(len, chunks))
+        return self._cut([halve_largest(of_rank, width, count) for of_rank in chunks], width)
 
     def balanced_cut(self, data_parallel_size: int, micro_batch_size: int, multiple: int) -> Cut:
         """Rows by descending length, each to the rank with the fewest tokens so far: all ranks finish together."""
         shares: list[list[int]] = [[] for _ in range(data_parallel_size)]
-        tokens = np.zeros(data_parallel_size, dtype=np.int64)
-        length = self.prompt + self.response
-        for row in sorted(range(len(length)), key=lambda row: (-length[row], self.index[row])):
+        tokens, length = np.zeros(data_parallel_size, dtype=np.int64), self.length
+        for row in self._longest_first(range(len(self.index))):
             rank = int(tokens.argmin())
             shares[rank].append(row)
             tokens[rank] += length[row]
-        return self._cut(shares, micro_batch_size, multiple)
+        return self._cut([cut_by_rows(share, micro_batch_size) for share in shares], self._padded(multiple))
 
-    def _cut(self, shares: Sequence[Sequence[int]], micro_batch_size: int, multiple: int) -> Cut:
+    def _longest_first(self, rows: Iterable[int]) -> list[int]:
+        length, index = self.length.tolist(), self.index.tolist()
+        return sorted(rows, key=lambda row: (-length[row], index[row]))
+
+    def _padded(self, multiple: int) -> dict[int, int]:
+        """The length of each row, rounded up."""
+        return {row: round_up(length, multiple) for row, length in enumerate(self.length.tolist())}
+
+    def _cut(self, chunks: Sequence[Sequence[Sequence[int]]], padded: Mapping[int, int]) -> Cut:
+        """The cut of each rank's micro-batches of rows, the longest row first."""
         data, micro_batch, slot, width = np.zeros((4, len(self.index)), dtype=np.int64)
-        length = self.prompt + self.response
-        for rank, share in enumerate(shares):
-            chunks = cut_rows(length[share].tolist(), self.index[share].tolist(), micro_batch_size)
-            for m, chunk in enumerate(chunks):
-                rows = np.asarray(share)[chunk]
-                data[rows], micro_batch[rows], slot[rows] = rank, m, range(len(rows))
-                width[rows] = round_up(int(length[rows[0]]), multiple)
+        for rank, of_rank in enumerate(chunks):
+            for m, rows in enumerate(of_rank):
+                at = list(rows)
+                data[at], micro_batch[at], slot[at], width[at] = rank, m, range(len(at)), padded[at[0]]
         return Cut(data, micro_batch, slot, width)
 
     def micro_batches(self, cut: Cut, data_rank: int, *, pad_id: int, device: torch.device | str) -> list[MicroBatch]:
@@ -112,7 +133,7 @@ class GlobalBatch:
         mine = np.flatnonzero(cut.data == data_rank)
         mine = mine[np.lexsort((cut.slot[mine], cut.micro_batch[mine]))]
         chunks = np.split(mine, np.flatnonzero(np.diff(cut.micro_batch[mine])) + 1) if len(mine) else []
-        length = self.prompt + self.response
+        length = self.length
         return [
             pad_rows(
                 [self.tokens[row - self.first_row, : length[row]] for row in rows],
@@ -125,8 +146,8 @@ class GlobalBatch:
         ]
 
 
-def slices_of(cut: Cut, micro_batch_size: int, rows: int) -> Cut:
-    """The cut of a model that reads another's micro-batches of up to `micro_batch_size` rows in slices of `rows`: their
-    padding stays, so that both models' shards hold the same positions."""
-    slices = ceil_div(micro_batch_size, rows)
+def slices_of(cut: Cut, rows: int) -> Cut:
+    """The cut of a model that reads another's micro-batches in slices of `rows`: their padding stays, so that both
+    models' shards hold the same positions."""
+    slices = ceil_div(int(cut.slot.max(initial=0)) + 1, rows)
     return Cut(cut.data, cut.micro_batch * slices + cut.slot // rows, cut.slot % rows, cut.width)

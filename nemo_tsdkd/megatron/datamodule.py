@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 import xxhash
+from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader
 
@@ -19,6 +21,16 @@ def as_list(samples: list[Sample]) -> list[Sample]:
     return samples
 
 
+class SampleSampler(MegatronDataSampler):
+    """Megatron's sampler, which hands out `micro_batch_size` samples at a time, for a schedule of its own number of
+    micro-batches: how many a global batch is cut into is known once its responses are."""
+
+    num_cut: int  # micro-batches of the step that begins, equal on all ranks; the strategy sets it
+
+    def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
+        return replace(super().on_megatron_step_start(step), num_microbatches=self.num_cut)
+
+
 class SampleModule(pl.LightningDataModule):
     """A LightningDataModule over `EpochOrder`; batches are lists of `Sample`."""
 
@@ -29,7 +41,7 @@ class SampleModule(pl.LightningDataModule):
         self.seq_length = config.data.seq_length  # NeMo reads these three
         self.micro_batch_size = config.micro_batch_size
         self.global_batch_size = config.global_batch_size
-        self.data_sampler = MegatronDataSampler(
+        self.data_sampler = SampleSampler(
             seq_len=self.seq_length,
             micro_batch_size=self.micro_batch_size,
             global_batch_size=self.global_batch_size,

@@ -16,11 +16,11 @@ from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_tsdkd.checks.precision import pad_to_multiple
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
-from nemo_tsdkd.data.batch import MicroBatch, make_micro_batches
+from nemo_tsdkd.data.batch import MicroBatch
 from nemo_tsdkd.data.dataset import Sample
+from nemo_tsdkd.data.global_batch import GlobalBatch
 from nemo_tsdkd.data.tokenizer import Vocabulary
 from nemo_tsdkd.distributed.groups import long_timeout_group
 from nemo_tsdkd.distributed.job import Job
@@ -170,19 +170,17 @@ class TSDKDModel(llm.GPTModel):
         Raises:
             UserError: no sequence of the global batch has a response token.
         """
-        written = [response.token_ids for response in responses]
-        micro_batches = make_micro_batches(
-            samples,
-            written,
-            micro_batch_size=self.train_config.micro_batch_size,
-            pad_id=self.vocabulary.pad_id,
-            pad_to_multiple=pad_to_multiple(self.train_config, torch.cuda.is_available()),
-            device=torch.cuda.current_device(),
+        dp_group, device = parallel_state.get_data_parallel_group(), torch.cuda.current_device()
+        batch = GlobalBatch.of(samples, [response.token_ids for response in responses]).gather(
+            with_tokens=not self.train_config.one_layout, dp_group=dp_group, device=device
+        )
+        micro_batches = batch.micro_batches(
+            self.teacher.student_cut(batch), dp_group.rank(), pad_id=self.vocabulary.pad_id, device=device
         )
         weight = len(micro_batches) / self._mean_count(micro_batches)
-        micro_batches = [context_parallel_slice(batch) for batch in micro_batches]
-        hidden = self.teacher.forward(samples, written)
-        return [DistillationBatch(batch, share, weight) for batch, share in zip(micro_batches, hidden, strict=True)]
+        micro_batches = [context_parallel_slice(part) for part in micro_batches]
+        hidden = self.teacher.forward(batch)
+        return [DistillationBatch(part, share, weight) for part, share in zip(micro_batches, hidden, strict=True)]
 
     def _mean_count(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Sequences with a response (or response tokens, by `objective.reduction`) in the global batch, per

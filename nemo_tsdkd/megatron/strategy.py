@@ -102,6 +102,7 @@ class TSDKDStrategy(nl.MegatronStrategy):
         with self._timed("teacher_s"):
             batches = model.teacher_pass(samples, responses)
         self.step_metrics["teacher_bytes_sent"] = model.teacher.bytes_sent
+        self.data_sampler.num_cut = len(batches)
         with self._timed("student_s"):
             reports = super().training_step(iter(batches), *args, **kwargs)
         self.step_metrics |= self._response_lengths(responses) | self._reduce(reports)

@@ -8,7 +8,6 @@ on the student's ranks, in the student's layout or its own (`teacher.parallel`),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ from torch.nn import functional
 from nemo_tsdkd.checks.precision import pad_to_multiple, teacher_pad_to_multiple
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.data.batch import MicroBatch
-from nemo_tsdkd.data.dataset import Sample
 from nemo_tsdkd.data.global_batch import GlobalBatch, slices_of
 from nemo_tsdkd.distributed.handover import Handover, share_size
 from nemo_tsdkd.distributed.job import Job
-from nemo_tsdkd.distributed.layout import student_layout, teacher_layout
+from nemo_tsdkd.distributed.layout import Cut, student_layout, teacher_layout
 from nemo_tsdkd.distributed.vocab_parallel import all_gather
 from nemo_tsdkd.megatron.checkpoints.load import load_head
 from nemo_tsdkd.megatron.gpt import sequence_shard
@@ -91,25 +89,31 @@ class Teacher:
         hidden, dtype = self._row
         return hidden * dtype.itemsize / (self.student.context * self.student.tensor)
 
-    def forward(self, samples: Sequence[Sample], responses: Sequence[Sequence[int]]) -> list[Tensor]:
+    def forward(self, batch: GlobalBatch) -> list[Tensor]:
         """The teacher's hidden states of the response positions of each of this rank's student micro-batches.
 
         Call it on all of the student's ranks; the teacher's nodes run `serve`.
+
+        Args:
+            batch: of all data-parallel ranks; with all rows' tokens, unless both models lie in one layout.
 
         Returns:
             This rank's share `[n, H]` of each micro-batch (`dense` lays it out), on the device or, with
             `teacher.offload_hidden_states`, on the host; shares are empty off the last pipeline stage.
         """
-        batch = GlobalBatch.gather(
-            samples,
-            responses,
-            with_tokens=not self.train_config.one_layout,
-            dp_group=parallel_state.get_data_parallel_group(),
-            device=torch.cuda.current_device(),
-        )
         if self.train_config.teacher.nodes:
             self._send_batch(_STEP, batch)
         return self._step(batch)
+
+    def student_cut(self, batch: GlobalBatch) -> Cut:
+        """How the student's ranks cut `batch` into micro-batches."""
+        config = self.train_config
+        return batch.student_cut(
+            self.student.data,
+            config.micro_batch_size,
+            pad_to_multiple(config, torch.cuda.is_available()),
+            micro_batch_tokens=config.micro_batch_tokens,
+        )
 
     def serve(self) -> None:
         """Run the teacher on the batches of the student's ranks until they call `stop_teacher_ranks`. Call it on the
@@ -150,12 +154,11 @@ class Teacher:
         return functional.linear(hidden, self.head_weight)
 
     def _step(self, batch: GlobalBatch) -> list[Tensor]:
-        config, on_gpu = self.train_config, torch.cuda.is_available()
-        student_cut = batch.student_cut(self.student.data, config.micro_batch_size, pad_to_multiple(config, on_gpu))
+        config, student_cut = self.train_config, self.student_cut(batch)
         if config.one_layout:
-            cut = slices_of(student_cut, config.micro_batch_size, config.teacher.micro_batch_size)
+            cut = slices_of(student_cut, config.teacher.micro_batch_size)
         else:
-            multiple = teacher_pad_to_multiple(config, on_gpu)
+            multiple = teacher_pad_to_multiple(config, torch.cuda.is_available())
             cut = batch.balanced_cut(self.layout.data, config.teacher.micro_batch_size, multiple)
         plan = Handover.plan(
             batch.starts,

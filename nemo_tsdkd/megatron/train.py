@@ -14,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections import llm
+from nemo.collections.llm.gpt.model.base import HAVE_TE  # the same switch picks NeMo's layer spec
 from transformers import PreTrainedTokenizerBase
 
 from nemo_tsdkd.checkpoints.atomic import detect_full_disk
@@ -169,7 +170,8 @@ def model_files(config: TrainConfig, vocabulary: Vocabulary) -> Checkpoints:
     vocabulary.require_rows(student=student_gpt.vocab_size, teacher=teacher_gpt.vocab_size)
     config.objective.validate_vocabulary(vocabulary.size)
     precision, layouts = config.precision, (config.parallel, config.teacher_parallel)
-    set_layout(student_gpt, config, layouts[0], model_settings(precision.name, precision.first_last_layers_bf16))
+    student_settings = model_settings(precision.name, precision.first_last_layers_bf16)
+    set_layout(student_gpt, config, layouts[0], student_settings | recompute_settings(config.parallel.recompute))
     set_layout(
         teacher_gpt, config, layouts[1], model_settings(config.teacher.precision, precision.first_last_layers_bf16)
     )
@@ -182,8 +184,22 @@ def model_files(config: TrainConfig, vocabulary: Vocabulary) -> Checkpoints:
     return Checkpoints(student, teacher, student_gpt, teacher_gpt)
 
 
-def set_layout(gpt: llm.GPTConfig, config: TrainConfig, p: ParallelConfig, arithmetic: dict[str, Any]) -> None:
-    """Give one model its layout and its arithmetic; NeMo's strategy would do so for the student alone."""
+def recompute_settings(recompute: str, flash_attention: bool = HAVE_TE) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig for `parallel.recompute`.
+
+    Selective leaves out what Megatron's own default (`core_attn` alone) would repeat in vain where a flash kernel
+    keeps no scores: the attention itself would run twice to save one number a head and token.
+    """
+    modules = ["mlp"] if flash_attention else ["core_attn", "mlp"]
+    return {
+        "none": {"recompute_granularity": None},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": modules},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[recompute]
+
+
+def set_layout(gpt: llm.GPTConfig, config: TrainConfig, p: ParallelConfig, settings: dict[str, Any]) -> None:
+    """Give one model its layout and its own settings; NeMo's strategy would do so for the student alone."""
     gpt.tensor_model_parallel_size = p.tensor_model_parallel_size
     gpt.pipeline_model_parallel_size = p.pipeline_model_parallel_size
     gpt.context_parallel_size = p.context_parallel_size
@@ -192,7 +208,7 @@ def set_layout(gpt: llm.GPTConfig, config: TrainConfig, p: ParallelConfig, arith
     gpt.variable_seq_lengths = p.pipeline_model_parallel_size > 1  # each micro-batch is padded to its own longest row
     gpt.moe_token_dispatcher_type = "alltoall"  # Megatron asks for it with variable lengths, experts or none
     gpt.fp16 = False
-    for name, value in arithmetic.items():
+    for name, value in settings.items():
         setattr(gpt, name, value)
 
 

@@ -13,6 +13,7 @@ from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.reporting.metrics import read_metrics
 
 TP, PP, SP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"
+RECOMPUTE = "recompute"
 LAYOUTS = {
     "tp2": (2, {TP: 2}),
     "tp2_sp": (2, {TP: 2, SP: True}),
@@ -53,6 +54,67 @@ def test_five_steps_equal_those_of_one_process(layout, root, alone, tmp_path):
     compare(*ranks.run_ranks(run, world_size, config)[0], *alone)
 
 
+def run_watched(config: TrainConfig) -> tuple[list[dict], dict[str, torch.Tensor], dict[str, list]]:
+    """As `run`, and what this rank did: the shape of each micro-batch, and how often it recomputed a part."""
+    from megatron.core.tensor_parallel.random import CheckpointFunction
+
+    from nemo_tsdkd.megatron.model import TSDKDModel
+
+    seen: dict[str, list] = {"shapes": [], "recomputed": []}
+    forward_step, backward = TSDKDModel.forward_step, CheckpointFunction.backward
+
+    def watched_step(self, batch):
+        seen["shapes"].append(tuple(batch.micro_batch["tokens"].shape))
+        return forward_step(self, batch)
+
+    def watched_backward(ctx, *grads):
+        seen["recomputed"].append(ctx.run_function)
+        return backward(ctx, *grads)
+
+    TSDKDModel.forward_step, CheckpointFunction.backward = watched_step, staticmethod(watched_backward)
+    steps, weights = run(config)
+    return steps, weights, {"shapes": seen["shapes"], "recomputed": [len(seen["recomputed"])]}
+
+
+# Ranks, layout, `parallel.recompute`, `micro_batch_tokens`, the teacher's own layout.
+LEVERS = {
+    "full_tp2_pp2_sp": (4, {TP: 2, PP: 2, SP: True}, "full", 0, {}),
+    "selective_tp2_pp2": (4, {TP: 2, PP: 2}, "selective", 0, {}),
+    "tokens_dp2": (2, {}, "none", 110, {}),
+    "tokens_selective_tp2_pp2_sp": (4, {TP: 2, PP: 2, SP: True}, "selective", 250, {}),
+    "tokens_full_dp2_tp2_of_dp2_pp2": (4, {TP: 2, SP: True}, "full", 192, {TP: 1, PP: 2}),
+}
+# Parts of each layer whose products are repeated: attention's core and MLP, or the layer.
+PARTS = {"none": 0, "selective": 2, "full": 1}
+
+
+@pytest.mark.parametrize("name", LEVERS)
+def test_recompute_and_a_token_budget_change_nothing(name, root, alone, tmp_path):
+    world_size, parallel, recompute, tokens, teacher = LEVERS[name]
+    config = tiny_run.config(root, tmp_path, world_size, **parallel)
+    config.parallel.recompute, config.micro_batch_tokens = recompute, tokens
+    config.micro_batch_size, config.teacher.micro_batch_size = 1 if tokens else 2, 3 if tokens else 1
+    config.objective.head = HEADS.get(name.removeprefix("full_"), "logits")
+    for field, value in teacher.items():
+        setattr(config.teacher.parallel, field, value)
+    outcomes = ranks.run_ranks(run_watched, world_size, config)
+    compare(*outcomes[0][:2], *alone)
+    require_used(config, [seen for *_, seen in outcomes])
+
+
+def require_used(config: TrainConfig, seen: list[dict[str, list]]) -> None:
+    """Both levers had the effect that is asked for, on every rank."""
+    layers = 2 // config.parallel.pipeline_model_parallel_size
+    (count,) = {len(rank["shapes"]) for rank in seen}  # equal on all ranks
+    rows = config.max_steps * config.global_batch_size // config.data_parallel_size
+    assert all(rank["recomputed"] == [count * layers * PARTS[config.parallel.recompute]] for rank in seen)
+    assert all(sum(n for n, _ in rank["shapes"]) == rows for rank in seen)
+    if config.micro_batch_tokens:
+        assert all(n * width <= config.micro_batch_tokens for rank in seen for n, width in rank["shapes"])
+        assert len({n for rank in seen for n, _ in rank["shapes"]}) > 1  # fewer rows where they are longer
+        assert count < rows
+
+
 @pytest.mark.parametrize("change", ["micro_batch_size", "teacher_rows", "offload_hidden_states", "offload_weights"])
 def test_how_a_batch_is_cut_and_kept_changes_nothing(change, root, alone, tmp_path):
     config = tiny_run.config(root, tmp_path, 1)
@@ -70,13 +132,20 @@ def test_how_a_batch_is_cut_and_kept_changes_nothing(change, root, alone, tmp_pa
 
 def test_on_policy_steps_equal_those_of_one_process(root, tmp_path):
     """The student's own responses too: its noise knows seed, step and sample, not ranks. The loss is the mean over the
-    tokens of the global batch, which four micro-batches, or two on each of two data-parallel ranks, share unevenly."""
+    tokens of the global batch, which four micro-batches, or two on each of two data-parallel ranks, share unevenly, and
+    micro-batches by a token budget, too."""
     found = []
-    for world_size, parallel in ((1, {}), (4, {TP: 2, SP: True})):
-        config = tiny_run.config(root, tmp_path / str(world_size), world_size, lmbda=1.0, **parallel)
+    for world_size, parallel, tokens in ((1, {}, 0), (4, {TP: 2, SP: True}, 0), (4, {TP: 2, RECOMPUTE: "full"}, 144)):
+        run_dir = tmp_path / str(len(found))
+        config = tiny_run.config(root, run_dir, world_size, lmbda=1.0, **parallel)
         config.objective.reduction = "token"
-        found.append(ranks.run_ranks(run, world_size, config)[0])
+        if tokens:
+            config.micro_batch_size, config.micro_batch_tokens = 1, tokens
+        outcomes = ranks.run_ranks(run_watched, world_size, config)
+        require_used(config, [seen for *_, seen in outcomes])
+        found.append(outcomes[0][:2])
     compare(*found[1], *found[0])
+    compare(*found[2], *found[0])
 
 
 @pytest.mark.parametrize("layout", [None, "tp2_pp2_sp"])

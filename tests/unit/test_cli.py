@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 import nemo_tsdkd.cli.main
 from nemo_tsdkd.config.train_config import TrainConfig
-from nemo_tsdkd.data.batch import make_micro_batches
 from nemo_tsdkd.distributed.signals import Stopped
+from nemo_tsdkd.rollout.schedule import Schedule
 
 HF_BARS = "HF_DATASETS_DISABLE_PROGRESS_BARS"
 OPEN = ["run_dir=run", "student.path=/nowhere", "teacher.path=/nowhere", "data.path=data.jsonl"]
@@ -114,11 +114,11 @@ def raise_key_error(argv):
     raise KeyError("a defect")
 
 
-def cut_unevenly(argv):
-    make_micro_batches([], [[1]], micro_batch_size=1, pad_id=0)
+def schedule_nothing(argv):
+    Schedule([[]], batch_size=1, max_new_tokens=1, max_length=2, eos_ids=[0])
 
 
-@pytest.mark.parametrize(("main", "kind"), [(raise_key_error, KeyError), (cut_unevenly, ValueError)])
+@pytest.mark.parametrize(("main", "kind"), [(raise_key_error, KeyError), (schedule_nothing, ValueError)])
 def test_a_defect_keeps_its_traceback(monkeypatch, main, kind):
     """On every rank. A ValueError of the package's own that is no UserError is a defect too."""
 

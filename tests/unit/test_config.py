@@ -154,6 +154,13 @@ def test_ranks_that_share_no_batch_may_be_any_number():
     [
         ("max_steps=0", "max_steps = 0: must be greater than 0"),
         ("micro_batch_size=-1", "micro_batch_size = -1: must be greater"),
+        ("micro_batch_tokens=-1", "micro_batch_tokens = -1: must not be negative"),
+        ("micro_batch_tokens=64", "micro_batch_size = 2: micro_batch_tokens = 64 decides .* Leave one of the two out"),
+        (
+            "micro_batch_tokens=63 micro_batch_size=1",
+            "micro_batch_tokens = 63: must hold a sequence of data.seq_length = 64 tokens",
+        ),
+        ("parallel.recompute=some", "parallel.recompute = 'some': must be one of none, selective, full"),
         ("seed=-1", "seed = -1: must not be negative"),
         ("objective.preset=best", "objective.preset = 'best': must be one of paper, reference"),
         ("objective.compile=always", "objective.compile = 'always': must be one of auto, off"),
@@ -273,6 +280,10 @@ def test_the_teachers_layout_is_the_students_where_it_is_left_open():
     config.global_batch_size = 8
     config.validate()
     assert (config.student_world_size, config.teacher_world_size, config.data_parallel_size) == (4, 4, 2)
+
+
+def test_a_token_budget_leaves_the_rows_of_both_models_open():
+    tiny("micro_batch_tokens=64", "micro_batch_size=1", "teacher.micro_batch_size=3").validate()
 
 
 def test_off_policy_needs_no_room_for_new_tokens():

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from nemo_tsdkd.config.schema import DataConfig
-from nemo_tsdkd.data.batch import make_micro_batches
 from nemo_tsdkd.data.dataset import EpochOrder, PromptDataset, Sample
+from nemo_tsdkd.data.global_batch import GlobalBatch
 from nemo_tsdkd.data.tokenizer import Vocabulary, check_same_tokenizer, load_tokenizer
 
 WORDS = ["<pad>", "<eos>", "<end>", "<unk>", "user:", "bot:", "one", "two", "three", "four"]
@@ -243,42 +243,94 @@ def test_the_order_depends_on_seed_and_position_alone():
 
 
 lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=12, max_size=12)
+budgets = st.sampled_from([0, 18, 40])  # tokens of a micro-batch; 0: cut by rows
+
+
+def micro_batches(rows, micro_batch_size=1, multiple=1, data_parallel_size=1, tokens=0):
+    """The micro-batches of each data-parallel rank."""
+    batch = GlobalBatch.of(*zip(*rows, strict=True))
+    cut = batch.student_cut(data_parallel_size, micro_batch_size, multiple, micro_batch_tokens=tokens)
+    return [batch.micro_batches(cut, rank, pad_id=0, device="cpu") for rank in range(data_parallel_size)]
+
+
+def require_padded(batch, rows, multiple):
+    """The rows of a micro-batch are those of its samples, padded on the right no further than needed."""
+    width = batch["tokens"].shape[1]
+    lengths = [len(rows[i][0].prompt_ids) + len(rows[i][1]) for i in batch["sample_index"].tolist()]
+    assert width % multiple == 0
+    assert width - max(lengths) < multiple
+    for b, (i, end) in enumerate(zip(batch["sample_index"].tolist(), lengths, strict=True)):
+        sample, response = rows[i]
+        assert batch["tokens"][b, :end].tolist() == sample.prompt_ids + response
+        assert not batch["tokens"][b, end:].any()
+        assert batch["position_ids"][b].tolist() == list(range(width))
+        predicted = batch["tokens"][b].roll(-1)[batch["response_mask"][b]]
+        assert predicted.tolist() == response
 
 
 @settings(deadline=None)
-@given(lengths, st.sampled_from([1, 2, 3, 4, 6]), st.sampled_from([1, 2, 8]), st.randoms())
-def test_micro_batches_hold_every_sequence_once(lengths, micro_batch_size, multiple, random):
+@given(
+    lengths, st.sampled_from([1, 2, 3, 4, 6]), st.sampled_from([1, 2, 8]), st.sampled_from([0, 18, 40]), st.randoms()
+)
+def test_micro_batches_hold_every_sequence_once(lengths, micro_batch_size, multiple, tokens, random):
     rows = [(Sample(i, [10 + i] * n, []), [50 + i] * m) for i, (n, m) in enumerate(lengths)]
-    options = {"micro_batch_size": micro_batch_size, "pad_id": 0, "pad_to_multiple": multiple}
-    batches = make_micro_batches(*zip(*rows, strict=True), **options)
-    shuffled = random.sample(rows, len(rows))
-    for batch, again in zip(batches, make_micro_batches(*zip(*shuffled, strict=True), **options), strict=True):
-        assert all(torch.equal(batch[key], again[key]) for key in batch)
+    batches = micro_batches(rows, micro_batch_size, multiple, tokens=tokens)[0]
+    again = micro_batches(random.sample(rows, len(rows)), micro_batch_size, multiple, tokens=tokens)[0]
+    for batch, other in zip(batches, again, strict=True):
+        assert all(torch.equal(batch[key], other[key]) for key in batch)
     assert sorted(i for batch in batches for i in batch["sample_index"].tolist()) == list(range(12))
     for batch in batches:
-        width = batch["tokens"].shape[1]
-        lengths = [len(rows[i][0].prompt_ids) + len(rows[i][1]) for i in batch["sample_index"].tolist()]
-        assert width % multiple == 0
-        assert width - max(lengths) < multiple
-        for b, (i, end) in enumerate(zip(batch["sample_index"].tolist(), lengths, strict=True)):
-            sample, response = rows[i]
-            assert batch["tokens"][b, :end].tolist() == sample.prompt_ids + response
-            assert not batch["tokens"][b, end:].any()
-            assert batch["position_ids"][b].tolist() == list(range(width))
-            predicted = batch["tokens"][b].roll(-1)[batch["response_mask"][b]]
-            assert predicted.tolist() == response
+        require_padded(batch, rows, multiple)
+        if tokens:
+            assert batch["tokens"].numel() <= tokens or len(batch["tokens"]) == 1
+        else:
+            assert len(batch["tokens"]) == micro_batch_size
+
+
+def fewest(widths, tokens):
+    """The least number of groups, each of at most `tokens` = rows x widest row: all ways to group, tried out."""
+
+    def ways(rest):
+        if not rest:
+            yield []
+            return
+        for groups in ways(rest[1:]):
+            yield [[rest[0]], *groups]
+            for i, group in enumerate(groups):
+                yield [*groups[:i], [rest[0], *group], *groups[i + 1 :]]
+
+    allowed = (groups for groups in ways(widths) if all(len(g) == 1 or len(g) * max(g) <= tokens for g in groups))
+    return min(map(len, allowed))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 9), min_size=12, max_size=12), st.integers(1, 30), st.sampled_from([1, 4]))
+def test_a_token_budget_gives_all_ranks_as_few_micro_batches_as_the_fullest_needs(lengths, tokens, multiple):
+    rows = [(Sample(i, [7] * n, []), []) for i, n in enumerate(lengths)]
+    ranks = micro_batches(rows, multiple=multiple, data_parallel_size=2, tokens=tokens)
+    padded = [-(-n // multiple) * multiple for n in lengths]
+    counts = {len(batches) for batches in ranks}
+    assert counts == {max(fewest(padded[:6], tokens), fewest(padded[6:], tokens))}
+    for rank, batches in enumerate(ranks):
+        assert sorted(i for b in batches for i in b["sample_index"].tolist()) == list(range(6 * rank, 6 * rank + 6))
+        widths = [b["tokens"].shape[1] for b in batches]
+        assert widths == sorted(widths, reverse=True)
+        assert all(b["tokens"].numel() <= tokens or len(b["tokens"]) == 1 for b in batches)
+
+
+def test_a_rank_that_needs_fewer_micro_batches_halves_its_largest():
+    prompts = [[7] * n for n in (10, 10, 10, 10, 2, 2, 2, 1)]
+    rows = [(Sample(i, prompt, []), []) for i, prompt in enumerate(prompts)]
+    one, other = micro_batches(rows, data_parallel_size=2, tokens=10)
+    assert [b["sample_index"].tolist() for b in one] == [[0], [1], [2], [3]]
+    assert [b["sample_index"].tolist() for b in other] == [[4], [5], [6], [7]]  # one of 4 x 2 tokens would fit
+    one, other = micro_batches(rows, data_parallel_size=2, tokens=20)
+    assert [b["sample_index"].tolist() for b in other] == [[4, 5], [6, 7]]
 
 
 def test_sorting_by_length_wastes_little_padding():
-    rows = [Sample(i, [1] * (1 + 37 * i % 64), []) for i in range(64)]
-    batches = make_micro_batches(rows, [[]] * 64, micro_batch_size=4, pad_id=0)
-    padding = sum(batch["tokens"].numel() for batch in batches) - sum(len(row.prompt_ids) for row in rows)
+    rows = [(Sample(i, [1] * (1 + 37 * i % 64), []), []) for i in range(64)]
+    batches = micro_batches(rows, 4)[0]
+    padding = sum(batch["tokens"].numel() for batch in batches) - sum(len(row.prompt_ids) for row, _ in rows)
     assert padding <= 3 * 2 * len(batches)  # lengths 1..64: rows of a micro-batch differ by 3, 2, 1 and 0 tokens
     assert [batch["tokens"].shape[1] for batch in batches] == list(range(64, 0, -4))
-
-
-def test_a_batch_that_cannot_be_cut():
-    with pytest.raises(ValueError, match="3 samples with 3 responses cannot be cut into micro-batches of 2"):
-        make_micro_batches(numbered(3), [[], [], []], micro_batch_size=2, pad_id=0)
-    with pytest.raises(ValueError, match="3 samples with 2 responses"):
-        make_micro_batches(numbered(3), [[], []], micro_batch_size=1, pad_id=0)

@@ -76,15 +76,16 @@ def play(plans: list[Handover], buffers: list[torch.Tensor], micro_batch: int) -
 
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("empty", [False, True])
-def test_every_position_arrives_where_the_student_needs_it(name, empty):
+@pytest.mark.parametrize("tokens", [0, 80])
+def test_every_position_arrives_where_the_student_needs_it(name, empty, tokens):
     teacher, student = PAIRS[name]
     rows, micro_batch_size, teacher_rows = 16, 2, 2 if name.startswith("same") else 3
     batch = batch_of(rows, seed=len(name), empty=empty)
     multiple = 2 * student.sequence_shards * max(1, student.context)
-    student_cut = batch.student_cut(student.data, micro_batch_size, multiple)
+    student_cut = batch.student_cut(student.data, micro_batch_size, multiple, micro_batch_tokens=tokens)
     same = name.startswith("same")
     teacher_cut = (
-        slices_of(student_cut, micro_batch_size, 1)
+        slices_of(student_cut, 1)
         if same
         else batch.balanced_cut(teacher.data, teacher_rows, 2 * teacher.sequence_shards * max(1, teacher.context))
     )
@@ -99,7 +100,9 @@ def test_every_position_arrives_where_the_student_needs_it(name, empty):
         buffers.append(torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64))
         assert len(buffers[-1]) == plans[rank].rows_held
     wire = 0
-    for m in range(rows // student.data // micro_batch_size):
+    count = rows // student.data // micro_batch_size if not tokens else 1 + max(student_cut.micro_batch)
+    assert {len(plan.transfers) for plan in plans} == {count}
+    for m in range(count):
         shares = play(plans, buffers, m)
         for rank in range(world):
             transfer = plans[rank].transfers[m]
