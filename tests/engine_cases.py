@@ -9,7 +9,7 @@ import tiny_run
 import torch
 
 from nemo_tsdkd.config.train_config import TrainConfig
-from nemo_tsdkd.reporting.metrics import read_metrics
+from nemo_tsdkd.reporting.rows import read_metrics
 
 
 def train_steps(config: TrainConfig) -> list[dict]:

@@ -18,7 +18,7 @@ from nemo_tsdkd.checkpoints import run_lock
 from nemo_tsdkd.checkpoints.manifest import has_manifest, step_folder
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
-from nemo_tsdkd.reporting.metrics import read_metrics
+from nemo_tsdkd.reporting.rows import read_metrics
 
 TIMES = ("rollout_s", "teacher_s", "student_s", "tokens_per_s")
 

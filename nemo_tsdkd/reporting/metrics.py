@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import time
@@ -16,16 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from nemo_tsdkd.checkpoints.atomic import write_atomically, write_json
+from nemo_tsdkd.checkpoints.atomic import write_json
 from nemo_tsdkd.checkpoints.start_over import METRICS
 from nemo_tsdkd.distributed.output import terminal
 from nemo_tsdkd.objective import ALWAYS_REPORTED
+from nemo_tsdkd.reporting.rows import drop_steps_after, read_metrics
 
 matplotlib.use("Agg")  # compute nodes have no display
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
-
-logger = logging.getLogger(__name__)
 
 # figure -> (unit of its y axis, metrics drawn into it)
 PLOTS = {
@@ -54,7 +52,7 @@ class MetricsLogger:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.path = self.run_dir / METRICS
-        _drop_steps_after(self.path, resume_step)
+        drop_steps_after(self.path, resume_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=resume_step + 1)
         self._display = _Display(total_steps, resume_step) if progress else None
@@ -117,37 +115,6 @@ class _Display:
 
     def close(self) -> None:
         self.bar.stop()
-
-
-def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The steps of a metrics.jsonl in file order. Skips the incomplete last line of a killed process; skips
-    garbage and NUL lines of a failing disk too, with a warning for each."""
-    rows = []
-    *lines, _ = Path(path).read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        row = _row(line)
-        if row is None:
-            logger.warning("%s: line %d does not hold a step's metrics and is skipped: %.60r.", path, number, line)
-        else:
-            rows.append(row)
-    return rows
-
-
-def _row(line: bytes) -> dict[str, float] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
-        return None
-    if not isinstance(row, dict) or not all(type(v) in (int, float) and math.isfinite(v) for v in row.values()):
-        return None
-    return row if type(row.get("step")) is int else None
-
-
-def _drop_steps_after(path: Path, step: int) -> None:
-    """Remove the metrics of later steps, and lines that hold no metrics."""
-    if path.exists():
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
-        write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept).encode())
 
 
 def _plot(metrics: Path, folder: Path) -> None:

@@ -13,7 +13,7 @@ from interruptions import TIMES, saved_weights
 
 from nemo_tsdkd.checkpoints.manifest import step_folder
 from nemo_tsdkd.config.train_config import TrainConfig
-from nemo_tsdkd.reporting.metrics import read_metrics
+from nemo_tsdkd.reporting.rows import read_metrics
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 SP = "sequence_parallel"

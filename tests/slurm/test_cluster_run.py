@@ -22,7 +22,7 @@ from nemo_tsdkd.checkpoints.atomic import read_json
 from nemo_tsdkd.checkpoints.manifest import step_folder
 from nemo_tsdkd.checkpoints.model_folder import is_nemo_checkpoint
 from nemo_tsdkd.cli import main as cli
-from nemo_tsdkd.reporting.metrics import read_metrics
+from nemo_tsdkd.reporting.rows import read_metrics
 
 SCRIPT = "tsdkd_14b_to_1.5b.sh"
 STEPS = 32

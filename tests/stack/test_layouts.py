@@ -10,7 +10,7 @@ from interruptions import TIMES, saved_weights
 
 from nemo_tsdkd.checkpoints.manifest import step_folder
 from nemo_tsdkd.config.train_config import TrainConfig
-from nemo_tsdkd.reporting.metrics import read_metrics
+from nemo_tsdkd.reporting.rows import read_metrics
 
 TP, PP, SP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"
 RECOMPUTE = "recompute"

@@ -14,7 +14,7 @@ from nemo_tsdkd.checkpoints.manifest import newest_complete, step_folder
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.data.dataset import Sample
 from nemo_tsdkd.data.tokenizer import Vocabulary
-from nemo_tsdkd.reporting.metrics import read_metrics
+from nemo_tsdkd.reporting.rows import read_metrics
 from nemo_tsdkd.rollout.schedule import Response
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from nemo_tsdkd.checkpoints.manifest import checkpoint_folders, find_damage, newest_complete, step_folder
 from nemo_tsdkd.checkpoints.run_lock import lock
 from nemo_tsdkd.distributed.signals import Stopped
-from nemo_tsdkd.reporting.metrics import read_metrics
+from nemo_tsdkd.reporting.rows import read_metrics
 
 
 def attempt(config, event=None, signum=0):

@@ -9,7 +9,7 @@ import torch
 from test_layouts import compare, results, run
 
 from nemo_tsdkd.config.train_config import TrainConfig
-from nemo_tsdkd.reporting.metrics import read_metrics
+from nemo_tsdkd.reporting.rows import read_metrics
 
 TP, PP, SP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"
 # ranks, the student's layout, the teacher's; the batch of 8 holds uneven responses and rows without one.

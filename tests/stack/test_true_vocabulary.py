@@ -169,7 +169,7 @@ def test_the_trained_students_logits_and_greedy_responses_are_hugging_faces(pair
 
 
 def test_the_run_learns_from_finite_terms(trained):
-    from nemo_tsdkd.reporting.metrics import read_metrics
+    from nemo_tsdkd.reporting.rows import read_metrics
 
     metrics = read_metrics(trained / "run" / "metrics.jsonl")
     assert len(metrics) == STEPS

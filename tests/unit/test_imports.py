@@ -33,7 +33,8 @@ WITHOUT_TORCH = [
     module
     for module in MODULES
     if module.split(".")[1:2] in (["config"], ["checkpoints"], ["checks"], ["cli"])
-    or module in ("nemo_tsdkd.distributed.launch", "nemo_tsdkd.data.source", "nemo_tsdkd.reporting.provenance")
+    or module in ("nemo_tsdkd.distributed.launch", "nemo_tsdkd.data.source")
+    or module in ("nemo_tsdkd.reporting.provenance", "nemo_tsdkd.reporting.rows")
 ]
 
 

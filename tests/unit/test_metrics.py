@@ -14,8 +14,9 @@ from nemo_tsdkd.config.schema import DataConfig, ModelConfig, TeacherConfig
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.objective import Metrics, ObjectiveConfig, reported
 from nemo_tsdkd.reporting import metrics
-from nemo_tsdkd.reporting.metrics import PLOTS, REQUIRED, MetricsLogger, read_metrics
+from nemo_tsdkd.reporting.metrics import PLOTS, REQUIRED, MetricsLogger
 from nemo_tsdkd.reporting.provenance import changed_settings, git_state, save_provenance
+from nemo_tsdkd.reporting.rows import read_metrics
 
 
 def values(step):

@@ -1,0 +1,43 @@
+"""The rows of metrics.jsonl, one object a step. No torch on import."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+
+from nemo_tsdkd.checkpoints.atomic import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """The steps of a metrics.jsonl in file order. Skips the incomplete last line of a killed process; skips
+    garbage and NUL lines of a failing disk too, with a warning for each."""
+    rows = []
+    *lines, _ = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        row = _row(line)
+        if row is None:
+            logger.warning("%s: line %d does not hold a step's metrics and is skipped: %.60r.", path, number, line)
+        else:
+            rows.append(row)
+    return rows
+
+
+def _row(line: bytes) -> dict[str, float] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return None
+    if not isinstance(row, dict) or not all(type(v) in (int, float) and math.isfinite(v) for v in row.values()):
+        return None
+    return row if type(row.get("step")) is int else None
+
+
+def drop_steps_after(path: Path, step: int) -> None:
+    """Remove the metrics of later steps, and lines that hold no metrics."""
+    if path.exists():
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept).encode())
