@@ -14,8 +14,8 @@ STUDENT_VOCAB, TEACHER_VOCAB = 330, 340
 
 
 def prepare(root: Path, **sizes: int) -> Path:
-    """Write `student`, `teacher` (NeMo checkpoints that differ in depth, width, tying and vocabulary) and `data.jsonl`
-    into `root`.
+    """Write `student`, `teacher` (NeMo checkpoints that differ in depth, width, tying and vocabulary), `data.jsonl` and
+    `held_out.jsonl` into `root`.
 
     Args:
         sizes: fields of Hugging Face's config that both models get instead of their own.
@@ -34,7 +34,18 @@ def prepare(root: Path, **sizes: int) -> Path:
             else:
                 row["response"] = f"{i} * 12 = {i * 12}. " * (1 + i % 4)
             file.write(json.dumps(row) + "\n")
+    with (root / "held_out.jsonl").open("w") as file:
+        for i in range(7):  # no multiple of any layout, nor of a batch
+            file.write(json.dumps({"prompt": f"Bob sells {i} eggs " * (1 + i % 2), "answer": str(i)}) + "\n")
     return root
+
+
+def validate(config: TrainConfig, root: Path, every_n_steps: int, verifier: str) -> None:
+    """Validate on `held_out.jsonl`, at the start and every n steps; two prompts of it, and of each second step, are
+    samples."""
+    config.validation.path, config.validation.verifier = str(root / "held_out.jsonl"), verifier
+    config.validation.every_n_steps, config.validation.max_new_tokens = every_n_steps, 12
+    config.samples.every_n_steps = config.samples.count = 2
 
 
 def import_hf(source: Path, output: Path) -> None:

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from nemo_tsdkd.checkpoints.atomic import sync
+from nemo_tsdkd.checkpoints.best import best_of
 from nemo_tsdkd.checkpoints.manifest import (
     MANIFEST,
     UNFINISHED,
@@ -46,11 +47,15 @@ def finish_checkpoint(folder: Path, entries: dict[str, dict[str, int | str]]) ->
     (folder / UNFINISHED).unlink(missing_ok=True)
 
 
-def remove_old_checkpoints(run_dir: Path, saved: int, run: str, keep_last: int, keep_every: int = 0) -> None:
-    """Remove this run's checkpoints but the `keep_last` newest up to the just `saved` step, and each `keep_every`-th
-    step's."""
+def remove_old_checkpoints(
+    run_dir: Path, saved: int, run: str, keep_last: int, keep_every: int = 0, keep_best: bool = False
+) -> None:
+    """Remove this run's checkpoints but the `keep_last` newest up to the just `saved` step, each `keep_every`-th step's
+    and, with `keep_best`, the one with the best validation."""
     counted = [f for f in _checkpoints_of(run_dir, run) if has_manifest(f) and step_of(f) <= saved]
     kept = set(counted[-keep_last:]) | {f for f in counted if keep_every and step_of(f) % keep_every == 0}
+    if keep_best and (best := best_of(counted)):
+        kept.add(best[0])
     for folder in counted:
         if folder not in kept:
             _remove(folder)

@@ -14,6 +14,7 @@ from nemo_tsdkd.config.validation import UserError
 LAST_STEP = "last_step"  # of a run: the step of its newest checkpoint
 FINISHED = "FINISHED"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 logger = logging.getLogger(__name__)
 
 
@@ -43,6 +44,7 @@ def begin_at_step_1(run_dir: Path, damaged: Mapping[Path, str], allowed: bool) -
     for path in [
         *saved,
         run_dir / METRICS,
+        run_dir / SAMPLES,
         *reversed(marks),
     ]:  # last_step comes last: if this is killed before, the next attempt checks again
         if path.exists():

@@ -17,6 +17,7 @@ from nemo_tsdkd.config.schema import ParallelConfig
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.data.source import check_data
+from nemo_tsdkd.verifiers import require_verifier
 
 
 def check_setup(config: TrainConfig, batch: bool = True) -> dict[str, ModelShape]:
@@ -44,6 +45,8 @@ def check_files(config: TrainConfig) -> dict[str, ModelShape]:
             check_length(path, config, which)
             config.objective.validate_vocabulary(shape.vocab)
     check_data(config.data)
+    if config.validation.path is not None:
+        check_data(config.validation.data(config.data))
     if len(shapes) == 2:
         check_shapes(config, **shapes)
     return shapes
@@ -56,6 +59,8 @@ def check_fields(config: TrainConfig, batch: bool = True) -> None:
     config.validate(batch)
     check_names(config)
     check_registered(config.objective)
+    if config.validation.path is not None:
+        require_verifier("validation.verifier", config.validation.verifier)
 
 
 def check_ranks(config: TrainConfig, started: int) -> None:

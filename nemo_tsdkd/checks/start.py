@@ -45,6 +45,11 @@ def check_start(config: TrainConfig, shapes: Mapping[str, ModelShape], deep: boo
     vocabulary.require_rows(**{which: shape.vocab for which, shape in shapes.items()})
     if not check_rows(config.data, tokenizer, vocabulary if config.rollout.lmbda < 1 else None):
         not_checked.append(f"the rows of {config.data.path}, a data set of the hub")
+    if config.validation.path is not None:
+        from nemo_tsdkd.data.held_out import check_held_out
+
+        if not check_held_out(config, tokenizer):
+            not_checked.append(f"the rows of {config.validation.path}, a data set of the hub")
     return not_checked
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from nemo_tsdkd.config import validation
 
@@ -213,6 +213,12 @@ class DataConfig:
     apply_chat_template: bool = True  # the tokenizer's; off: prompts are taken as they are
     limit: int | None = None  # read the first `limit` rows only
 
+    section: ClassVar[str] = "data"  # of the configuration
+
+    def named(self, file: object = None) -> str:
+        """The field and its path, or a file of it, for messages."""
+        return f"{self.section}.path = {str(file or self.path)!r}"
+
     def validate(self) -> None:
         validation.require(
             self.seq_length > 1, "data.seq_length", self.seq_length, "must hold a prompt and a response", "Raise it."
@@ -271,6 +277,7 @@ class CheckpointConfig:
     every_minutes: float = 30.0  # saves as well when so much time has passed: what a failure may cost at long steps
     keep_last: int = 2  # newest checkpoints kept
     keep_every: int = 0  # besides these, one each so many steps is kept for good; 0: none
+    keep_best: bool = False  # save at each validation that is the best so far, and keep the best one
     start_over: bool = False  # allow a run whose checkpoints are all damaged or gone to begin again at step 1
     async_save: bool = False  # write in the background while training goes on; not with teacher.offload_hidden_states
 

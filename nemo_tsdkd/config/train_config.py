@@ -25,6 +25,7 @@ from nemo_tsdkd.config.schema import (
     RolloutConfig,
     TeacherConfig,
 )
+from nemo_tsdkd.config.watch import SamplesConfig, ValidationConfig
 
 
 @dataclass
@@ -49,6 +50,8 @@ class TrainConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
 
     @property
     def student_world_size(self) -> int:
@@ -78,6 +81,12 @@ class TrainConfig:
         return self.teacher_parallel if which == "teacher" else self.parallel
 
     @property
+    def validation_max_new_tokens(self) -> int:
+        """The length limit of a response to a held-out prompt."""
+        own = self.validation.max_new_tokens
+        return self.rollout.max_new_tokens if own is None else own
+
+    @property
     def one_layout(self) -> bool:
         """Whether both models lie on the same ranks in the same way, so that hidden states stay where they are."""
         return self.teacher.nodes == 0 and self.teacher_parallel == self.parallel
@@ -97,8 +106,10 @@ class TrainConfig:
             _check_leaf(name, value)
         validation.positive(self, "", "max_steps", "global_batch_size", "micro_batch_size")
         validation.not_negative(self, "", "seed", "micro_batch_tokens")
-        parts = (self.teacher, self.objective, self.data, self.rollout, self.parallel, self.optim, self.checkpoint)
-        for part in parts:
+        for part in (
+            *(self.teacher, self.objective, self.data, self.rollout, self.parallel, self.optim, self.checkpoint),
+            *(self.validation, self.samples),
+        ):
             part.validate()
         self.objective.validate_preset()
         self._validate_layouts()
@@ -128,6 +139,32 @@ class TrainConfig:
             self.rollout.lmbda == 0 or self.rollout.max_new_tokens < self.data.seq_length,
             "rollout.max_new_tokens",
             self.rollout.max_new_tokens,
+            f"must be fewer than data.seq_length = {self.data.seq_length}, which also holds the prompt",
+            "Lower it or raise data.seq_length.",
+        )
+
+        self._validate_validation()
+
+    def _validate_validation(self) -> None:
+        held_out, what = self.validation, "validation.path"
+        validation.require(
+            held_out.path is not None or not self.checkpoint.keep_best,
+            "checkpoint.keep_best",
+            self.checkpoint.keep_best,
+            f"needs {what}: the best is the one with the best validation",
+            "Give held-out prompts, or leave it out.",
+        )
+        if held_out.path is None:
+            return
+        if self.checkpoint.keep_best or held_out.patience:
+            why = ": its checkpoint holds no rollouts"
+            validation.multiple_of(
+                "validation.every_n_steps", held_out.every_n_steps, self.rollout.reuse, "rollout.reuse", why
+            )
+        validation.require(
+            self.validation_max_new_tokens < self.data.seq_length,
+            "validation.max_new_tokens",
+            self.validation_max_new_tokens,
             f"must be fewer than data.seq_length = {self.data.seq_length}, which also holds the prompt",
             "Lower it or raise data.seq_length.",
         )

@@ -72,7 +72,7 @@ class PromptDataset(Dataset[Sample]):
                     features=ENCODED,
                     desc=f"Tokenizing {source}",
                 )
-                for source, rows in _open(data_config)
+                for source, rows in open_rows(data_config)
             ]
         )
         prompt, response = (
@@ -88,7 +88,7 @@ class PromptDataset(Dataset[Sample]):
         )
         if len(keep) == 0:
             raise UserError(
-                f"data.path = {data_config.path!r}: no usable row ({dropped} dropped for data.seq_length = "
+                f"{data_config.named()}: no usable row ({dropped} dropped for data.seq_length = "
                 f"{data_config.seq_length}). Give a file with rows, or a larger seq_length."
             )
         return cls(encoded.select(keep), dropped)
@@ -136,11 +136,11 @@ class EpochOrder(Dataset[Sample]):
         return replace(self.dataset[int(self._order[position])], index=i)
 
 
-def _open(data_config: DataConfig) -> list[tuple[str, datasets.Dataset]]:
+def open_rows(data_config: DataConfig) -> list[tuple[str, datasets.Dataset]]:
     """(name for messages, first `limit` rows) of each file of `data.path`, or of the hub data set."""
     check_data(data_config)
     if Path(data_config.path).exists():
-        parts = [(str(file), _read_file(file)) for file in data_files(data_config)]
+        parts = [(str(file), _read_file(file, data_config)) for file in data_files(data_config)]
     else:
         parts = [(data_config.path, _read_hub(data_config))]
     left = data_config.limit if data_config.limit is not None else sum(len(rows) for _, rows in parts)
@@ -151,7 +151,7 @@ def _open(data_config: DataConfig) -> list[tuple[str, datasets.Dataset]]:
     return taken
 
 
-def _read_file(path: Path) -> datasets.Dataset:
+def _read_file(path: Path, data_config: DataConfig) -> datasets.Dataset:
     if path.suffix == ".parquet":
         builder: dict[str, Any] = {"path": "parquet"}
     else:
@@ -161,7 +161,7 @@ def _read_file(path: Path) -> datasets.Dataset:
         return datasets.load_dataset(**builder, data_files=str(path), split="train")
     except (datasets.exceptions.DatasetGenerationError, ValueError) as e:
         raise UserError(
-            f"data.path = {str(path)!r}: is empty or cannot be read as {path.suffix} ({e.__cause__ or e})."
+            f"{data_config.named(path)}: is empty or cannot be read as {path.suffix} ({e.__cause__ or e})."
         ) from e
 
 
@@ -170,7 +170,7 @@ def _read_hub(data_config: DataConfig) -> datasets.Dataset:
         return datasets.load_dataset(data_config.path, data_config.subset, split=data_config.split)
     except (ConnectionError, FileNotFoundError, ValueError) as e:  # the last: no such subset or split
         raise UserError(
-            f"data.path = {data_config.path!r} (subset {data_config.subset}, split {data_config.split}): neither "
+            f"{data_config.named()} (subset {data_config.subset}, split {data_config.split}): neither "
             f"a local file nor a data set that the hub gives out ({e}). "
             "Check the name, or download it first and give the .jsonl or .parquet file."
         ) from e

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,17 @@ from nemo_tsdkd.data.tokenizer import Vocabulary, response_text
 _ROWS, _FILES = 8, 8  # the first rows of the first files
 
 
-def check_rows(data_config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | None) -> bool:
+def check_rows(
+    data_config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary | None,
+    check: Callable[[dict[str, Any], str], object] = lambda row, where: None,
+) -> bool:
     """Encode the first rows of the data as training does; False, without a check, for a data set of the hub.
 
     Args:
         vocabulary: of the tokenizer, if responses are needed.
+        check: is called with each of these rows and its name for messages, and raises UserError on a bad one.
 
     Raises:
         UserError: a file that cannot be read, or a bad row (with file and line).
@@ -34,13 +40,14 @@ def check_rows(data_config: DataConfig, tokenizer: PreTrainedTokenizerBase, voca
     if not Path(data_config.path).exists():
         return False
     for file in data_files(data_config)[:_FILES]:
-        rows = list(itertools.islice(_read(file), min(_ROWS, data_config.limit or _ROWS)))
+        rows = list(itertools.islice(_read(file, data_config), min(_ROWS, data_config.limit or _ROWS)))
         if not rows:
-            raise UserError(f"data.path = {str(file)!r}: is empty. Give a file with rows.")
+            raise UserError(f"{data_config.named(file)}: is empty. Give a file with rows.")
         for index, row in enumerate(rows):
             encode_row(
                 row, index, source=str(file), data_config=data_config, tokenizer=tokenizer, vocabulary=vocabulary
             )
+            check(*named_row(row, index, str(file)))
     return True
 
 
@@ -52,7 +59,7 @@ def require_template(data_config: DataConfig, tokenizer: PreTrainedTokenizerBase
         )
 
 
-def _read(file: Path) -> Iterator[dict[str, Any]]:
+def _read(file: Path, data_config: DataConfig) -> Iterator[dict[str, Any]]:
     """A file's rows as `datasets` gives them: the columns of a Parquet file, the text of a line."""
     try:
         if file.suffix == ".parquet":
@@ -64,7 +71,7 @@ def _read(file: Path) -> Iterator[dict[str, Any]]:
                     yield {"text": line.rstrip("\n")}
     except (UnicodeDecodeError, pa.ArrowException, OSError) as error:
         said = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise UserError(f"data.path = {str(file)!r}: cannot be read as {file.suffix} ({said}).") from error
+        raise UserError(f"{data_config.named(file)}: cannot be read as {file.suffix} ({said}).") from error
 
 
 def encode_row(
@@ -81,14 +88,11 @@ def encode_row(
     Raises:
         UserError: the row cannot be used, with file and line.
     """
-    is_json = source.endswith(".jsonl")
-    where = f"{source}, {'line' if is_json else 'row'} {index + 1}"
-    if is_json:
-        row = _parse_line(row["text"], where)
+    row, where = named_row(row, index, source)
     column = data_config.prompt_column
     if column == "prompt" and "prompt" not in row and "instruction" in row:
         column = "instruction"  # the name in half of the public instruction data
-    prompt = _text(row, column, where)
+    prompt = _text(row, column, where, data_config.section)
     if data_config.apply_chat_template:
         message = {"role": "user", "content": prompt}
         try:
@@ -104,6 +108,14 @@ def encode_row(
         raise UserError(f"{where}: {column} = {prompt!r:.80}: gives no token. Correct or remove the row.")
     response_ids = _response_ids(row, data_config, tokenizer, vocabulary, where) if vocabulary else []
     return {"prompt": prompt, "prompt_ids": prompt_ids, "response_ids": response_ids}
+
+
+def named_row(row: dict[str, Any], index: int, source: str) -> tuple[dict[str, Any], str]:
+    """The columns of the row `index` (from 0) of `source`, and its name for messages. Raises UserError as
+    `encode_row`."""
+    is_json = source.endswith(".jsonl")
+    where = f"{source}, {'line' if is_json else 'row'} {index + 1}"
+    return _parse_line(row["text"], where) if is_json else row, where
 
 
 def _response_ids(
@@ -145,9 +157,10 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _text(row: dict[str, Any], column: str, where: str) -> str:
+def _text(row: dict[str, Any], column: str, where: str, section: str = "data") -> str:
     if column not in row:
-        raise UserError(f"{where}: no column {column!r} among {sorted(row)}. Set data.prompt_column/response_column.")
+        columns = f"{section}.prompt_column/{'response' if section == 'data' else 'answer'}_column"
+        raise UserError(f"{where}: no column {column!r} among {sorted(row)}. Set {columns}.")
     value = row[column]
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: {column} = {value!r:.80}: must be text and not empty. Correct or remove the row.")

@@ -16,18 +16,18 @@ def check_data(data_config: DataConfig) -> None:
     path = Path(data_config.path)
     if path.exists():
         for name in ("subset", "split"):
-            if getattr(data_config, name) != getattr(DataConfig, name):
+            if getattr(data_config, name) != getattr(type(data_config), name):
                 raise UserError(
-                    f"data.{name} = {getattr(data_config, name)!r}: only a hub data set has one, and "
+                    f"{data_config.section}.{name} = {getattr(data_config, name)!r}: only a hub data set has one, and "
                     f"{data_config.path} is local. Leave it out."
                 )
         if path.is_dir() and (absent := missing_files(path)):
             raise UserError(
-                f"data.path = {data_config.path!r}: `generate` has not ended, {len(absent)} files are missing "
+                f"{data_config.named()}: `generate` has not ended, {len(absent)} files are missing "
                 f"({absent[0]}). Wait for its job, or submit it again: it goes on."
             )
     elif path.suffix in SUFFIXES or path.is_absolute():
-        raise UserError(f"data.path = {data_config.path!r}: there is no such file. Give a .jsonl or .parquet file.")
+        raise UserError(f"{data_config.named()}: there is no such file. Give a .jsonl or .parquet file.")
 
 
 def data_files(data_config: DataConfig) -> list[Path]:
@@ -35,9 +35,7 @@ def data_files(data_config: DataConfig) -> list[Path]:
     path = Path(data_config.path)
     files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"data.path = {data_config.path!r}: the folder holds no .jsonl or .parquet file.")
+        raise UserError(f"{data_config.named()}: the folder holds no .jsonl or .parquet file.")
     if path.suffix not in SUFFIXES and not path.is_dir():
-        raise UserError(
-            f"data.path = {data_config.path!r}: a file must end in .jsonl or .parquet. Rename or convert it."
-        )
+        raise UserError(f"{data_config.named()}: a file must end in .jsonl or .parquet. Rename or convert it.")
     return files

@@ -26,6 +26,7 @@ from nemo_tsdkd.megatron.checkpoints.save import (
     restore_random_state,
     start_results_process,
 )
+from nemo_tsdkd.megatron.validation import Validate
 from nemo_tsdkd.reporting.metrics import MetricsLogger
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class ReportMetrics(pl.Callback):
         if trainer.is_global_zero:
             step = trainer.global_step  # 0, or what the loaded checkpoint holds
             self._metrics_logger = MetricsLogger(self.run_dir, trainer.max_steps, self.progress_bar, resume_step=step)
+            if trainer.strategy.validation_metrics:
+                self._metrics_logger.log_validation(step, trainer.strategy.validation_metrics)
 
     def on_train_batch_start(self, trainer: pl.Trainer, model: Any, batch: Any, batch_idx: int) -> None:
         self._started = time.perf_counter()
@@ -76,7 +79,10 @@ class ReportMetrics(pl.Callback):
         step = trainer.global_step
         metrics = dict(trainer.strategy.step_metrics)
         metrics["grad_norm"] = float(trainer.callback_metrics["grad_norm"])
-        metrics["tokens_per_s"] = metrics["response_tokens"] / (time.perf_counter() - self._started)
+        validation = trainer.strategy.validation_metrics
+        seconds = time.perf_counter() - self._started - validation.get("validation_s", 0)
+        metrics["tokens_per_s"] = metrics["response_tokens"] / seconds
+        metrics |= validation
         # Every rank holds the same reduced figures, so that every rank stops here, before anything is saved.
         bad = [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
@@ -89,19 +95,32 @@ class ReportMetrics(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, model: Any) -> None:
         if self._metrics_logger:
-            finished = trainer.global_step >= trainer.max_steps
+            finished = trainer.global_step >= trainer.max_steps or trainer.strategy.ended_early
             self._metrics_logger.close({"steps": trainer.global_step, "finished": finished})
 
 
 class SaveAndStop(pl.Callback):
-    """Saves every n steps, every so many minutes and at the last step. On a stop signal it saves and stops."""
+    """Saves every n steps, every so many minutes and at the last step; with `checkpoint.keep_best` at each validation
+    that is the best so far. On a stop signal it saves and stops; after `patience` validations without a better one it
+    saves and ends the run.
+
+    Args:
+        source: the imported student.
+        reuse: `rollout.reuse`.
+        validate: whose scores are saved; None without validation.
+        patience: `validation.patience`.
+    """
 
     stopped: Stopped | None = None
 
-    def __init__(self, checkpoints: RunCheckpoints, source: Path, reuse: int) -> None:
+    def __init__(
+        self, checkpoints: RunCheckpoints, source: Path, reuse: int, validate: Validate | None, patience: int
+    ) -> None:
         self.checkpoints = checkpoints
         self.source = source
         self.reuse = reuse
+        self.validate = validate
+        self.patience = patience
         self._stop_signal = 0
         self._saved_at = 0.0
 
@@ -120,18 +139,25 @@ class SaveAndStop(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, model: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        last = step == trainer.max_steps
+        scores = self.validate.scores if self.validate else None
+        validated = scores is not None and scores.at(step) is not None
+        best = validated and self.checkpoints.settings.keep_best and scores.best_step() == step
+        early = validated and 0 < self.patience <= scores.without_improvement
+        last = step == trainer.max_steps or early
         if step % self.reuse:
             return  # a set of rollouts is not part of a checkpoint: save only before a step that generates a new set
         settings: CheckpointConfig = self.checkpoints.settings
         minutes = (time.monotonic() - self._saved_at) / 60
         stop, due = _largest(self._stop_signal, minutes >= settings.every_minutes)
-        if stop or due or last or step % settings.every_n_steps == 0:
-            self.checkpoints.save(trainer, self.source, wait=bool(stop) or last)
+        if stop or due or last or best or step % settings.every_n_steps == 0:
+            self.checkpoints.save(trainer, self.source, wait=bool(stop) or last, scores=scores)
             self._saved_at = time.monotonic()
         if last and trainer.is_global_zero:
             mark_finished(self.checkpoints.run_dir)
-        if stop and not last:
+        if early:
+            logger.info("step %d: no better validation in %d: the run ends (validation.patience).", step, self.patience)
+            trainer.strategy.ended_early = trainer.should_stop = True
+        elif stop and not last:
             self.stopped = Stopped(stop, step, step_folder(self.checkpoints.run_dir, step))
             trainer.should_stop = True
 

@@ -16,6 +16,7 @@ from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from nemo_tsdkd.config.schema import RolloutConfig
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.data.batch import MicroBatch
@@ -35,6 +36,7 @@ from nemo_tsdkd.megatron.gpt import (
 from nemo_tsdkd.megatron.rollout.generation import generate
 from nemo_tsdkd.megatron.teacher import Teacher
 from nemo_tsdkd.objective import ObjectiveOutput, resolve_objective, tsdkd_loss, tsdkd_loss_from_hidden
+from nemo_tsdkd.objective.tokens import SeenTokens
 from nemo_tsdkd.rollout.sampling import on_policy
 from nemo_tsdkd.rollout.schedule import Response, interleave
 
@@ -91,7 +93,9 @@ class TSDKDModel(llm.GPTModel):
         self.resumes = resumes
         self._objective = resolve_objective(train_config.objective)
         self._responses: list[Response] = []
-        self._long_timeout_group: ProcessGroup | None = None
+        self.long_timeout_group: ProcessGroup | None = None
+        self.sees = False  # whether `loss` is to keep what the objective sees, for `take_seen`
+        self._seen: list[tuple[list[int], SeenTokens]] = []
         self._loss_reduction = TSDKDLoss(self.loss)
 
     def configure_model(self, vp_stage: int | None = None) -> None:
@@ -108,7 +112,7 @@ class TSDKDModel(llm.GPTModel):
             job=self.job,
             pad_id=self.vocabulary.pad_id,
         )
-        self._long_timeout_group = long_timeout_group()
+        self.long_timeout_group = long_timeout_group()
         rows = self.train_config.global_batch_size // self.train_config.data_parallel_size
         logger.info(
             "teacher: a step keeps at most %.1f MiB of hidden states on the %s of each last-stage rank.",
@@ -125,26 +129,46 @@ class TSDKDModel(llm.GPTModel):
         Raises:
             FloatingPointError: on every rank, where one rank's student has broken logits.
         """
-        rollout = self.train_config.rollout
-        first = step - step % rollout.reuse
-        if not on_policy(self.train_config.seed, first, rollout.lmbda):
+        if not self.is_on_policy(step):
             return [Response(s.response_ids, truncated=not self.vocabulary.ends(s.response_ids)) for s in samples]
-        if step == first:
-            self._responses = self._generate(samples, first)
+        if step % self.train_config.rollout.reuse == 0:
+            self._responses = self._generate(samples, step)
         return self._responses
+
+    def is_on_policy(self, step: int) -> bool:
+        """Whether the student writes the responses of this step, instead of the data."""
+        rollout = self.train_config.rollout
+        return on_policy(self.train_config.seed, step - step % rollout.reuse, rollout.lmbda)
 
     def _generate(self, samples: Sequence[Sample], step: int) -> list[Response]:
         """The student's responses. Each context-parallel rank generates a share of them and gathers the others: if
         each generated all, work would be done twice, and near-equal logits could make their responses differ."""
         cp_group = parallel_state.get_context_parallel_group()
         mine = samples[cp_group.rank() :: cp_group.size()]
+        generated = self.generate(mine, self.train_config.rollout, step, f"step {step + 1}")
+        parts: list[Any] = [None] * cp_group.size()
+        dist.all_gather_object(parts, generated, group=cp_group)
+        return interleave(parts)
+
+    def generate(
+        self, samples: Sequence[Sample], rollout_config: RolloutConfig, step: int, what: str
+    ) -> list[Response]:
+        """The student's responses to the samples of this TP x PP block. Collective over all of the student's ranks.
+
+        Args:
+            step: a key of the noise, as `sample.index` is.
+            what: what they are for, for messages.
+
+        Raises:
+            FloatingPointError: on every rank, where one rank's student has broken logits.
+        """
         generated, failure = [], None
         try:
             generated = generate(
                 unwrap(self.module),
-                [sample.prompt_ids for sample in mine],
-                rollout_config=self.train_config.rollout,
-                sample_ids=[sample.index for sample in mine],
+                [sample.prompt_ids for sample in samples],
+                rollout_config=rollout_config,
+                sample_ids=[sample.index for sample in samples],
                 seed=self.train_config.seed,
                 step=step,
                 vocabulary=self.vocabulary,
@@ -153,15 +177,13 @@ class TSDKDModel(llm.GPTModel):
                 pp_group=parallel_state.get_pipeline_model_parallel_group(),
             )
         except FloatingPointError as error:  # of this rank's block alone: the others learn of it below
-            failure = f"step {step + 1}: {error}"
+            failure = f"{what}: {error}"
         # The longest responses may take another rank far beyond NCCL's timeout.
         failures: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failure, group=self._long_timeout_group)
+        dist.all_gather_object(failures, failure, group=self.long_timeout_group)
         if failure := next(filter(None, failures), None):
             raise FloatingPointError(failure)
-        parts: list[Any] = [None] * cp_group.size()
-        dist.all_gather_object(parts, generated, group=cp_group)
-        return interleave(parts)
+        return generated
 
     # Phase two, the teacher's pass.
     def teacher_pass(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[DistillationBatch]:
@@ -170,6 +192,13 @@ class TSDKDModel(llm.GPTModel):
         Raises:
             UserError: no sequence of the global batch has a response token.
         """
+        micro_batches, hidden = self.read(samples, responses)
+        weight = len(micro_batches) / self._mean_count(micro_batches)
+        micro_batches = [context_parallel_slice(part) for part in micro_batches]
+        return [DistillationBatch(part, share, weight) for part, share in zip(micro_batches, hidden, strict=True)]
+
+    def read(self, samples: Sequence[Sample], responses: Sequence[Response]) -> tuple[list[MicroBatch], list[Tensor]]:
+        """Micro-batches of whole sequences, and the teacher's hidden states of each. Collective."""
         dp_group, device = parallel_state.get_data_parallel_group(), torch.cuda.current_device()
         batch = GlobalBatch.of(samples, [response.token_ids for response in responses]).gather(
             with_tokens=not self.train_config.one_layout, dp_group=dp_group, device=device
@@ -177,10 +206,7 @@ class TSDKDModel(llm.GPTModel):
         micro_batches = batch.micro_batches(
             self.teacher.student_cut(batch), dp_group.rank(), pad_id=self.vocabulary.pad_id, device=device
         )
-        weight = len(micro_batches) / self._mean_count(micro_batches)
-        micro_batches = [context_parallel_slice(part) for part in micro_batches]
-        hidden = self.teacher.forward(batch)
-        return [DistillationBatch(part, share, weight) for part, share in zip(micro_batches, hidden, strict=True)]
+        return micro_batches, self.teacher.forward(batch)
 
     def _mean_count(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Sequences with a response (or response tokens, by `objective.reduction`) in the global batch, per
@@ -207,6 +233,22 @@ class TSDKDModel(llm.GPTModel):
 
     def loss(self, batch: DistillationBatch, hidden: Tensor) -> ObjectiveOutput:
         """The objective on one micro-batch, from the final hidden states of both models and their heads."""
+        out = self._objective_output(batch, hidden)
+        if out.seen is not None:
+            self._seen.append((batch.micro_batch["sample_index"].tolist(), out.seen))
+        return out
+
+    def take_seen(self) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+        """What the objective saw since the last call: each sequence's index and columns of tokens (`SeenTokens`). On
+        one rank of those that hold a sequence; nothing on the others."""
+        taken, self._seen = self._seen, []
+        groups = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()
+        if all(group.rank() == 0 for group in groups):
+            for rows, seen in taken:
+                for row, index in enumerate(rows):
+                    yield index, seen.of_sequence(row)
+
+    def _objective_output(self, batch: DistillationBatch, hidden: Tensor) -> ObjectiveOutput:
         student, objective = unwrap(self.module), self._objective
         sequence_parallel, tp_group = self.config.sequence_parallel, parallel_state.get_tensor_model_parallel_group()
         teacher_hidden = self.teacher.dense(batch.micro_batch, batch.teacher_hidden, sequence_parallel, tp_group)
@@ -214,6 +256,7 @@ class TSDKDModel(llm.GPTModel):
             "vocab_size": self.vocabulary.size,
             "tp_group": tp_group,
             "cp_group": parallel_state.get_context_parallel_group(),
+            "return_seen": self.sees,
         }
         mask = batch.micro_batch["response_mask"].t()
         if objective.config.head == "fused":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nemo_tsdkd.checkpoints.foreign import require_safe
 from nemo_tsdkd.megatron.checkpoints.unpickling import checkpoint_errors
+from nemo_tsdkd.megatron.samples import take_samples
 from nemo_tsdkd.objective import reported
 from nemo_tsdkd.rollout.schedule import Response
 
@@ -30,6 +31,9 @@ class TSDKDStrategy(nl.MegatronStrategy):
     """Runs the step's three phases and stores its metrics, equal on every rank, in `step_metrics`."""
 
     step_metrics: dict[str, float]
+    validation_metrics: Mapping[str, float] = {}  # of the validation after this step, if there was one
+    samples: Sequence[dict[str, Any]] = ()  # of this step and its validation, to be written down by rank 0
+    ended_early = False  # by validation.patience
     not_finite: str | None = None  # the first micro-batch of this rank, if any, whose loss was not finite
 
     def setup_distributed(self) -> None:
@@ -92,6 +96,7 @@ class TSDKDStrategy(nl.MegatronStrategy):
             UserError: no sequence of the batch has a response token.
         """
         model, step = self.lightning_module, self.trainer.global_step
+        self.validation_metrics = {}
         self.step_metrics = {
             "lr": self.optimizers[0].param_groups[0]["lr"],
             "rollout_age": step % model.train_config.rollout.reuse,  # optimizer steps since these responses were made
@@ -103,8 +108,11 @@ class TSDKDStrategy(nl.MegatronStrategy):
             batches = model.teacher_pass(samples, responses)
         self.step_metrics["teacher_bytes_sent"] = model.teacher.bytes_sent
         self.data_sampler.num_cut = len(batches)
+        model.sees = model.train_config.samples.due(step + 1)
         with self._timed("student_s"):
             reports = super().training_step(iter(batches), *args, **kwargs)
+        self.samples = take_samples(model, samples, responses, step) if model.sees else ()
+        model.sees = False
         self.step_metrics |= self._response_lengths(responses) | self._reduce(reports)
         self.not_finite = self._not_finite(reports, batches)
         return torch.tensor(self.step_metrics["loss"])

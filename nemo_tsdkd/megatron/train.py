@@ -18,6 +18,7 @@ from nemo.collections.llm.gpt.model.base import HAVE_TE  # the same switch picks
 from transformers import PreTrainedTokenizerBase
 
 from nemo_tsdkd.checkpoints.atomic import detect_full_disk
+from nemo_tsdkd.checkpoints.best import ended_early
 from nemo_tsdkd.checkpoints.manifest import step_of
 from nemo_tsdkd.checkpoints.retention import set_aside, was_saved
 from nemo_tsdkd.checkpoints.run_record import RunRecord, open_record, student_digest
@@ -27,6 +28,7 @@ from nemo_tsdkd.checks.precision import check_engine, model_settings, plugin_set
 from nemo_tsdkd.config.schema import ParallelConfig
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.data.dataset import PromptDataset
+from nemo_tsdkd.data.held_out import load_held_out
 from nemo_tsdkd.data.tokenizer import Vocabulary, check_same_tokenizer, load_tokenizer, tokenizer_digest
 from nemo_tsdkd.distributed.groups import from_rank_zero, rank_zero_first
 from nemo_tsdkd.distributed.job import Job, job_groups
@@ -36,8 +38,10 @@ from nemo_tsdkd.megatron.checkpoints.load import gpt_config, resolve
 from nemo_tsdkd.megatron.checkpoints.save import RunCheckpoints, find_checkpoint, lock_run, mark_finished
 from nemo_tsdkd.megatron.datamodule import SampleModule
 from nemo_tsdkd.megatron.model import Checkpoints, TSDKDModel
+from nemo_tsdkd.megatron.samples import WriteSamples
 from nemo_tsdkd.megatron.strategy import TSDKDStrategy
 from nemo_tsdkd.megatron.teacher import Teacher
+from nemo_tsdkd.megatron.validation import HeldOut, Validate
 from nemo_tsdkd.reporting.metrics import MetricsLogger
 from nemo_tsdkd.reporting.provenance import changed_settings, save_provenance
 
@@ -65,19 +69,27 @@ def train(config: TrainConfig) -> Stopped | None:
             checkpoint, damaged = find_checkpoint(run_dir)
             if checkpoint is None:
                 from_rank_zero(lambda: begin_at_step_1(run_dir, damaged, config.checkpoint.start_over))
-            elif step_of(checkpoint) >= config.max_steps:
+            elif step_of(checkpoint) >= config.max_steps or ended_early(checkpoint, config.validation.patience):
                 _write_final_files(run_dir, config.max_steps, step_of(checkpoint))
                 job.agree_to_train(False)
                 return None
             vocabulary, tokenizer = load_vocabulary(config)
             data = build_data(config, tokenizer, vocabulary)
+            validate = build_validation(config, tokenizer)
             model = build_model(config, vocabulary, job, resumes=checkpoint is not None)
             student, digest = model.checkpoints.student, tokenizer_digest(tokenizer)
             record = from_rank_zero(lambda: _begin_attempt(config, checkpoint, damaged, student, digest))
             job.agree_to_train(True)
             checkpoints = RunCheckpoints(run_dir=run_dir, settings=config.checkpoint, claim=claim, record=record)
-            save_and_stop = SaveAndStop(checkpoints, student, config.rollout.reuse)
-            callbacks = [RequireLock(claim), ReportMetrics(run_dir, config.progress_bar), save_and_stop]
+            patience = config.validation.patience
+            save_and_stop = SaveAndStop(checkpoints, student, config.rollout.reuse, validate, patience)
+            callbacks = [
+                RequireLock(claim),
+                *filter(None, [validate]),
+                WriteSamples(run_dir, config.student.path),
+                ReportMetrics(run_dir, config.progress_bar),
+                save_and_stop,
+            ]
             with detect_full_disk(run_dir):
                 build_trainer(config, callbacks).fit(model, datamodule=data, ckpt_path=checkpoint)
             model.teacher.stop_teacher_ranks()
@@ -141,6 +153,14 @@ def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, vocabula
     off_policy = config.rollout.lmbda < 1
     data = rank_zero_first(lambda: PromptDataset.load(config.data, tokenizer, vocabulary if off_policy else None))
     return SampleModule(data, config)
+
+
+def build_validation(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Validate | None:
+    """The run's validation, its prompts tokenized; None without `validation.path`. Raises UserError where a row is bad
+    or none is usable."""
+    if config.validation.path is None:
+        return None
+    return Validate(config, HeldOut(rank_zero_first(lambda: load_held_out(config, tokenizer))))
 
 
 def build_model(config: TrainConfig, vocabulary: Vocabulary, job: Job, resumes: bool = False) -> TSDKDModel:

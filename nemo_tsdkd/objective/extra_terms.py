@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nemo_tsdkd.config.registry import Registry
 from nemo_tsdkd.config.schema import ObjectiveConfig
 from nemo_tsdkd.objective.output import Metrics
-from nemo_tsdkd.objective.registry import Registry
 
 
 class TokenStatistics(NamedTuple):

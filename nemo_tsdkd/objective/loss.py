@@ -12,6 +12,7 @@ from nemo_tsdkd.objective.function import Call, Head, Objective, split_metrics
 from nemo_tsdkd.objective.heads import FusedHead, LogitsHead
 from nemo_tsdkd.objective.output import ObjectiveOutput, reported
 from nemo_tsdkd.objective.resolve import ResolvedObjective, resolve_objective
+from nemo_tsdkd.objective.seen import seen_tokens
 from nemo_tsdkd.objective.sequences import SequenceLayout
 
 
@@ -26,6 +27,7 @@ def tsdkd_loss(
     cp_group: Group = None,
     cu_seqlens: Tensor | None = None,
     overwrite_student_logits: bool = False,
+    return_seen: bool = False,
 ) -> ObjectiveOutput:
     """Token-selective dual knowledge distillation (arXiv 2603.13260) of vocabulary-sharded logits.
 
@@ -45,6 +47,7 @@ def tsdkd_loss(
             row, before context parallelism divides it.
         overwrite_student_logits: the backward writes the gradient over `student_logits` instead of a new tensor. Safe
             where nothing but this loss reads them once it ran; a second backward then raises.
+        return_seen: also return what the objective sees at each response token, for two more passes over the logits.
 
     Raises:
         ValueError: shapes or dtypes that do not match, an empty batch, a mask that is none, a field of `config` out of
@@ -68,7 +71,7 @@ def tsdkd_loss(
         tile_logits=_tile_logits(objective.config, student),
         overwrite=overwrite_student_logits,
     )
-    return _run(call, head)
+    return _run(call, head, return_seen)
 
 
 def tsdkd_loss_from_hidden(
@@ -84,6 +87,7 @@ def tsdkd_loss_from_hidden(
     cp_group: Group = None,
     cu_seqlens: Tensor | None = None,
     sequence_parallel: bool = False,
+    return_seen: bool = False,
 ) -> ObjectiveOutput:
     """The same objective from final hidden states and output weights (`objective.head: fused`).
 
@@ -97,7 +101,7 @@ def tsdkd_loss_from_hidden(
         teacher_hidden, teacher_weight: the teacher's; its hidden size and padded width may differ. Get no gradient.
         response_mask: [S, B], whole along the sequence also with `sequence_parallel`.
         sequence_parallel: both models' hidden states are split along the sequence over `tp_group`.
-        config, vocab_size, tp_group, cp_group, cu_seqlens: as in `tsdkd_loss`.
+        config, vocab_size, tp_group, cp_group, cu_seqlens, return_seen: as in `tsdkd_loss`.
 
     Raises:
         ValueError: as in `tsdkd_loss`; sizes or dtypes of hidden states and weights that do not match.
@@ -119,7 +123,7 @@ def tsdkd_loss_from_hidden(
         overlap=overlap,
         tile_logits=_tile_logits(objective.config, student_hidden),
     )
-    return _run(call, head)
+    return _run(call, head, return_seen)
 
 
 def _tile_logits(config: ObjectiveConfig, tensor: Tensor) -> int:
@@ -159,7 +163,8 @@ def _call(
     )
 
 
-def _run(call: Call, head: Head) -> ObjectiveOutput:
+def _run(call: Call, head: Head, return_seen: bool) -> ObjectiveOutput:
+    seen = seen_tokens(head, call) if return_seen else None
     loss_sum, values, num_sequences, broken = Objective.apply(call, head, *head.tensors)
     config = call.objective.config
     metrics, extra = split_metrics(values)
@@ -175,5 +180,6 @@ def _run(call: Call, head: Head) -> ObjectiveOutput:
         count=count,
         broken=broken,
         metrics=named,
+        seen=seen,
         **terms,
     )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nemo_tsdkd.config.schema import ObjectiveConfig
+from nemo_tsdkd.objective.tokens import SeenTokens
 
 
 class Metrics(NamedTuple):
@@ -61,6 +62,7 @@ class ObjectiveOutput:
             weight 0, which is not computed.
         metrics: detached scalars by name, those of `reported(config)`: the fields of `Metrics` without those of terms
             of weight 0, and the terms of `objective.extra_terms`.
+        seen: what the objective saw at each response token, where the caller asked for it.
     """
 
     loss: Tensor
@@ -72,3 +74,4 @@ class ObjectiveOutput:
     indirect: Tensor | None
     entropy: Tensor | None
     metrics: dict[str, Tensor]
+    seen: SeenTokens | None = None

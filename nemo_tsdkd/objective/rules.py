@@ -20,8 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nemo_tsdkd.config.registry import Registry
 from nemo_tsdkd.config.schema import ObjectiveConfig
-from nemo_tsdkd.objective.registry import Registry
 from nemo_tsdkd.objective.tokens import SLACK, Tokens, fixed_point, slack
 
 Rule = Callable[[Tokens, ObjectiveConfig], Tensor]

@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from nemo_tsdkd.config.registry import Registry
 from nemo_tsdkd.config.schema import ObjectiveConfig
-from nemo_tsdkd.objective.registry import Registry
 
 # Replaces -inf, so that a column without probability gives 0 * finite instead of NaN.
 FLOOR = -1e30

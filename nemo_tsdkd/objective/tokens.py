@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,24 @@ class Tokens:
         """Sum of integers over the tokens that precede each one in its sequence."""
         running = values.cumsum(0) - values
         return running - running[self.first]
+
+
+@dataclass(frozen=True)
+class SeenTokens:
+    """The response tokens of a call's whole sequences, in order of (sequence, position); fields [n], on the host."""
+
+    sequence: Tensor  # int64, row of the call
+    student_entropy: Tensor  # nats
+    teacher_entropy: Tensor
+    gate: Tensor  # weight in the direct term
+    opener: Tensor  # bool: the indirect term trains it
+    uncertain: Tensor  # bool: the entropy term trains it
+    divergence: Tensor  # nats, before the gate
+
+    def of_sequence(self, row: int) -> dict[str, list[Any]]:
+        """The columns of one row of the call, without `sequence`."""
+        mine = self.sequence == row
+        return {name: value[mine].tolist() for name, value in vars(self).items() if name != "sequence"}
 
 
 # Sums in another order, over other shards or tiles, move an entropy H by up to 2^-21 (1 + H) nats in fp32 (largest of

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from nemo_tsdkd.checkpoints.atomic import write_json
 from nemo_tsdkd.checkpoints.start_over import METRICS
 from nemo_tsdkd.distributed.output import terminal
 from nemo_tsdkd.objective import ALWAYS_REPORTED
-from nemo_tsdkd.reporting.rows import drop_steps_after, read_metrics
+from nemo_tsdkd.reporting.rows import drop_steps, read_metrics
 
 matplotlib.use("Agg")  # compute nodes have no display
 from matplotlib import pyplot as plt
@@ -30,6 +31,7 @@ PLOTS = {
     "loss": ("nats", ("loss", "direct", "indirect", "entropy")),
     "entropy": ("nats per token", ("student_entropy", "teacher_entropy")),
     "selection": ("share", ("gate_mean", "opener_fraction", "rank_agreement")),
+    "validation": ("share", ("validation_accuracy", "validation_truncated_fraction")),
     "time": ("seconds per step", ("rollout_s", "teacher_s", "student_s")),
 }
 # What every step reports; a step may report more, such as the metrics of terms that have weight.
@@ -45,16 +47,18 @@ class MetricsLogger:
     """Writes one run's metrics to metrics.jsonl, TensorBoard and the terminal; at the end, plots. On rank 0 only.
 
     `resume_step` is the last step that the loaded checkpoint holds (0 for a new run): metrics of later
-    steps are dropped, so that the file of a resumed run equals that of an uninterrupted one.
+    steps are dropped, at 0 all, so that the file of a resumed run equals that of an uninterrupted one. A step has one
+    row; that of step 0 is a validation before training.
     """
 
     def __init__(self, run_dir: str | Path, total_steps: int, progress: bool = True, resume_step: int = 0) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.path = self.run_dir / METRICS
-        drop_steps_after(self.path, resume_step)
+        first = resume_step + 1 if resume_step else 0
+        drop_steps(self.path, first)
         self._file = self.path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=resume_step + 1)
+        self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=first)
         self._display = _Display(total_steps, resume_step) if progress else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -65,6 +69,19 @@ class MetricsLogger:
         """
         if missing := [key for key in REQUIRED if key not in values]:
             raise ValueError(f"step {step} reports no {', '.join(missing)}.")
+        self._write(step, values)
+        if self._display:
+            self._display.show(step, values)
+
+    def log_validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the metrics of a validation without a training step: the row of step 0.
+
+        Raises:
+            ValueError: one is NaN or infinite.
+        """
+        self._write(step, values)
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
             if not math.isfinite(value):
                 raise ValueError(f"step {step}: {key} = {value}: not finite. Lower optim.lr or look at the data.")
@@ -73,8 +90,6 @@ class MetricsLogger:
         os.fsync(self._file.fileno())
         for key, value in values.items():
             self._tensorboard.add_scalar(key, value, step)
-        if self._display:
-            self._display.show(step, values)
 
     def close(self, summary: dict[str, Any]) -> None:
         """End the run: write summary.json and one PNG for each entry of PLOTS."""
@@ -122,7 +137,8 @@ def _plot(metrics: Path, folder: Path) -> None:
     for name, (unit, keys) in PLOTS.items():
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for key in (key for key in keys if any(key in row for row in rows)):
-            axes.plot([row["step"] for row in rows], [row.get(key, math.nan) for row in rows], label=key)
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axes.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 50 else None)
         axes.set(xlabel="step", ylabel=unit, title=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.lines:

@@ -36,8 +36,8 @@ def _row(line: bytes) -> dict[str, float] | None:
     return row if type(row.get("step")) is int else None
 
 
-def drop_steps_after(path: Path, step: int) -> None:
-    """Remove the metrics of later steps, and lines that hold no metrics."""
+def drop_steps(path: Path, first: int) -> None:
+    """Remove the metrics of the steps from `first` on, and lines that hold no metrics."""
     if path.exists():
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        kept = [row for row in read_metrics(path) if row["step"] < first]
         write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept).encode())

@@ -19,7 +19,7 @@ SOURCES = [*MODULES.values(), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 ROWS = (
     ("config",),
     ("distributed",),
-    ("objective", "rollout", "checkpoints"),
+    ("objective", "rollout", "checkpoints", "verifiers"),
     ("data", "reporting"),
     ("checks",),
     ("megatron",),
@@ -32,7 +32,7 @@ STACK = {"megatron", "nemo", "lightning", "transformer_engine", "apex"}
 WITHOUT_TORCH = [
     module
     for module in MODULES
-    if module.split(".")[1:2] in (["config"], ["checkpoints"], ["checks"], ["cli"])
+    if module.split(".")[1:2] in (["config"], ["checkpoints"], ["checks"], ["cli"], ["verifiers"])
     or module in ("nemo_tsdkd.distributed.launch", "nemo_tsdkd.data.source")
     or module in ("nemo_tsdkd.reporting.provenance", "nemo_tsdkd.reporting.rows")
 ]

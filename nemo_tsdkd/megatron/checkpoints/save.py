@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from nemo_tsdkd.checkpoints.atomic import write_atomically
+from nemo_tsdkd.checkpoints.best import Scores
 from nemo_tsdkd.checkpoints.manifest import (
     checkpoint_folders,
     files_to_list,
@@ -92,7 +93,7 @@ class RunCheckpoints:
     claim: Claim
     record: RunRecord
 
-    def save(self, trainer: pl.Trainer, source: Path, *, wait: bool) -> None:
+    def save(self, trainer: pl.Trainer, source: Path, *, wait: bool, scores: Scores | None = None) -> None:
         """Write the checkpoint of the trainer's step, then its manifest, then remove old checkpoints. Collective.
 
         With `async_save` the files are written during the following steps; NeMo's callback finds when all ranks are
@@ -101,6 +102,7 @@ class RunCheckpoints:
         Args:
             source: the imported student the run began with; its context (config, tokenizer) goes into the checkpoint.
             wait: return when the checkpoint is complete, even with `async_save`.
+            scores: of the validations up to this step.
         """
         io, step = trainer.strategy.checkpoint_io, trainer.global_step
         folder = step_folder(self.run_dir, step)
@@ -110,6 +112,8 @@ class RunCheckpoints:
             begin_checkpoint(self.run_dir, step, self.record)
             shutil.copytree(source / "context", folder / "context")
             (folder / "random").mkdir()
+            if scores:
+                scores.write(folder)
         dist.barrier()
         torch.save(random_state(), _random_file(folder))
         finish = partial(self._finish, step)
@@ -132,9 +136,8 @@ class RunCheckpoints:
         dist.all_gather_object(entries, manifest_entries(folder, names[rank::world_size]))
         if rank == 0:
             finish_checkpoint(folder, {name: entry for part in entries for name, entry in part.items()})
-            remove_old_checkpoints(
-                self.run_dir, step, self.record.run, self.settings.keep_last, self.settings.keep_every
-            )
+            keep = self.settings
+            remove_old_checkpoints(self.run_dir, step, self.record.run, keep.keep_last, keep.keep_every, keep.keep_best)
             write_atomically(self.run_dir / LAST_STEP, f"{step}\n".encode())  # the job script reads progress from it
         dist.barrier()
 
