@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_tsdkd.checkpoints.atomic import atomic_folder, detect_full_disk, require_creatable
+from nemo_tsdkd.checkpoints.best import best_checkpoint
 from nemo_tsdkd.checkpoints.completeness import require_complete
 from nemo_tsdkd.checkpoints.foreign import require_safe
 from nemo_tsdkd.checkpoints.manifest import CHECKPOINTS, add_manifest, find_damage, has_manifest, newest_complete
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint, require_importable
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.distributed.output import redirect_library_output
+
+BEST = "best"  # RUN/best: the checkpoint of a run with the best validation
 
 
 def import_main(argv: Sequence[str] | None = None) -> None:
@@ -41,7 +44,7 @@ def import_main(argv: Sequence[str] | None = None) -> None:
 def export_main(argv: Sequence[str] | None = None) -> None:
     """`nemo-tsdkd export --checkpoint DIR --to hf|nemo --output DIR`: the student of a run, or of one checkpoint."""
     parser = argparse.ArgumentParser(prog="nemo-tsdkd export", description=export_main.__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder (newest complete one) or checkpoint")
+    parser.add_argument("--checkpoint", type=Path, required=True, help=_CHECKPOINT)
     parser.add_argument("--to", choices=("hf", "nemo"), required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
     args = parser.parse_args(argv)
@@ -51,6 +54,11 @@ def export_main(argv: Sequence[str] | None = None) -> None:
 
         (export_hf if args.to == "hf" else export_nemo)(checkpoint, folder)
     print(args.output)
+
+
+_CHECKPOINT = (
+    "a run's folder (its newest complete checkpoint), RUN/best (the one with the best validation) or a checkpoint"
+)
 
 
 @contextmanager
@@ -72,8 +80,20 @@ def _output(target: Path) -> Iterator[Path]:
     log.unlink(missing_ok=True)
 
 
+def _best_of_run(run_dir: Path) -> Path:
+    best = best_checkpoint(run_dir)
+    if best is None:
+        raise UserError(
+            f"--checkpoint = {run_dir / BEST}: no complete checkpoint of {run_dir} has a validation. Give the run's "
+            "folder, or train with validation.path and checkpoint.keep_best=true."
+        )
+    return best[0]
+
+
 def _checkpoint_in(folder: Path) -> Path:
-    """The checkpoint itself, or the newest complete one of a run folder. A run's checkpoint must match its manifest."""
+    """The checkpoint itself, the newest complete one of a run folder, or its best. A run's checkpoint must match its
+    manifest."""
+    folder = _best_of_run(folder.parent) if folder.name == BEST and not folder.exists() else folder
     checkpoint = folder if is_nemo_checkpoint(folder) else newest_complete(folder)
     if checkpoint is None:
         raise UserError(f"--checkpoint = {folder}: no complete checkpoint in it. Give a run folder or NeMo checkpoint.")

@@ -81,12 +81,6 @@ class TrainConfig:
         return self.teacher_parallel if which == "teacher" else self.parallel
 
     @property
-    def validation_max_new_tokens(self) -> int:
-        """The length limit of a response to a held-out prompt."""
-        own = self.validation.max_new_tokens
-        return self.rollout.max_new_tokens if own is None else own
-
-    @property
     def one_layout(self) -> bool:
         """Whether both models lie on the same ranks in the same way, so that hidden states stay where they are."""
         return self.teacher.nodes == 0 and self.teacher_parallel == self.parallel
@@ -161,10 +155,11 @@ class TrainConfig:
             validation.multiple_of(
                 "validation.every_n_steps", held_out.every_n_steps, self.rollout.reuse, "rollout.reuse", why
             )
+        limit = held_out.max_new_tokens or self.rollout.max_new_tokens
         validation.require(
-            self.validation_max_new_tokens < self.data.seq_length,
+            limit < self.data.seq_length,
             "validation.max_new_tokens",
-            self.validation_max_new_tokens,
+            limit,
             f"must be fewer than data.seq_length = {self.data.seq_length}, which also holds the prompt",
             "Lower it or raise data.seq_length.",
         )

@@ -62,12 +62,6 @@ class ValidationConfig:
             limit=self.limit,
         )
 
-    def due(self, step: int, max_steps: int) -> bool:
-        """Whether to validate after `step` optimizer steps (0: before the first)."""
-        if self.path is None:
-            return False
-        return self.at_start if step == 0 else step % self.every_n_steps == 0 or step == max_steps
-
 
 @dataclass
 class SamplesConfig:
@@ -78,7 +72,3 @@ class SamplesConfig:
 
     def validate(self) -> None:
         validation.not_negative(self, "samples.", "every_n_steps", "count")
-
-    def due(self, step: int) -> bool:
-        """Whether to write samples of the training step number `step` (from 1)."""
-        return self.count > 0 and self.every_n_steps > 0 and step % self.every_n_steps == 0

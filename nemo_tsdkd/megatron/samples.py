@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch.distributed as dist
 
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.data.dataset import Sample
 from nemo_tsdkd.data.tokenizer import load_tokenizer
 from nemo_tsdkd.reporting.samples import SamplesWriter
@@ -16,6 +17,12 @@ from nemo_tsdkd.rollout.schedule import Response
 
 if TYPE_CHECKING:
     from nemo_tsdkd.megatron.model import TSDKDModel
+
+
+def samples_due(config: TrainConfig, step: int) -> bool:
+    """Whether the training step number `step` (from 1) leaves samples."""
+    settings = config.samples
+    return settings.count > 0 and settings.every_n_steps > 0 and step % settings.every_n_steps == 0
 
 
 def take_samples(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nemo_tsdkd.checkpoints.foreign import require_safe
 from nemo_tsdkd.megatron.checkpoints.unpickling import checkpoint_errors
-from nemo_tsdkd.megatron.samples import take_samples
+from nemo_tsdkd.megatron.samples import samples_due, take_samples
 from nemo_tsdkd.objective import reported
 from nemo_tsdkd.rollout.schedule import Response
 
@@ -108,7 +108,7 @@ class TSDKDStrategy(nl.MegatronStrategy):
             batches = model.teacher_pass(samples, responses)
         self.step_metrics["teacher_bytes_sent"] = model.teacher.bytes_sent
         self.data_sampler.num_cut = len(batches)
-        model.sees = model.train_config.samples.due(step + 1)
+        model.sees = samples_due(model.train_config, step + 1)
         with self._timed("student_s"):
             reports = super().training_step(iter(batches), *args, **kwargs)
         self.samples = take_samples(model, samples, responses, step) if model.sees else ()

@@ -56,7 +56,7 @@ class Validate(pl.Callback):
         depends_on = {
             "problems": held_out_digest(held_out.problems),
             "verifier": settings.verifier,
-            "limits": [config.validation_max_new_tokens, config.data.seq_length],
+            "limits": [_max_new_tokens(config), config.data.seq_length],
             "temperature": settings.temperature,
         }
         self.scores = Scores(ACCURACY if judged else DIVERGENCE, content_digest(depends_on), higher_is_better=judged)
@@ -71,12 +71,13 @@ class Validate(pl.Callback):
             logger.info(
                 "validation: its prompts or settings have changed: earlier scores do not compare with new ones."
             )
-        if step == 0 and self.config.validation.due(0, trainer.max_steps):
+        if step == 0 and self.config.validation.at_start:
             self._validate(trainer, model, 0)
 
     def on_train_batch_end(self, trainer: pl.Trainer, model: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.config.validation.due(trainer.global_step, trainer.max_steps):
-            self._validate(trainer, model, trainer.global_step)
+        step = trainer.global_step
+        if step % self.config.validation.every_n_steps == 0 or step == trainer.max_steps:
+            self._validate(trainer, model, step)
 
     def _validate(self, trainer: pl.Trainer, model: TSDKDModel, step: int) -> None:
         start = time.perf_counter()
@@ -104,6 +105,10 @@ class Validate(pl.Callback):
         ]
 
 
+def _max_new_tokens(config: TrainConfig) -> int:
+    return config.validation.max_new_tokens or config.rollout.max_new_tokens
+
+
 def answer(
     model: TSDKDModel, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, what: str
 ) -> tuple[list[Response], list[Verdict] | None]:
@@ -120,7 +125,7 @@ def answer(
     config, verifier = model.train_config, model.train_config.validation.verifier
     rollout = replace(
         config.rollout,
-        max_new_tokens=config.validation_max_new_tokens,
+        max_new_tokens=_max_new_tokens(config),
         temperature=config.validation.temperature,
         top_k=0,
         top_p=1.0,

@@ -31,7 +31,6 @@ PLOTS = {
     "loss": ("nats", ("loss", "direct", "indirect", "entropy")),
     "entropy": ("nats per token", ("student_entropy", "teacher_entropy")),
     "selection": ("share", ("gate_mean", "opener_fraction", "rank_agreement")),
-    "validation": ("share", ("validation_accuracy", "validation_truncated_fraction")),
     "time": ("seconds per step", ("rollout_s", "teacher_s", "student_s")),
 }
 # What every step reports; a step may report more, such as the metrics of terms that have weight.
@@ -137,8 +136,7 @@ def _plot(metrics: Path, folder: Path) -> None:
     for name, (unit, keys) in PLOTS.items():
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for key in (key for key in keys if any(key in row for row in rows)):
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            axes.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 50 else None)
+            axes.plot([row["step"] for row in rows], [row.get(key, math.nan) for row in rows], label=key)
         axes.set(xlabel="step", ylabel=unit, title=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.lines:
