@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl, one object a step. No torch on import."""
+"""The rows of metrics.jsonl, one object a step, and those of samples.jsonl. No torch on import."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 from nemo_tsdkd.checkpoints.atomic import write_atomically
 
@@ -41,3 +42,19 @@ def drop_steps(path: Path, first: int) -> None:
     if path.exists():
         kept = [row for row in read_metrics(path) if row["step"] < first]
         write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept).encode())
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The lines of a samples.jsonl in file order; lines that hold no sample are skipped, as a killed process leaves
+    one."""
+    samples = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            sample = json.loads(line) if line else None
+        except (ValueError, RecursionError):
+            sample = None
+        if isinstance(sample, dict) and isinstance(sample.get("step"), int) and isinstance(sample.get("tokens"), dict):
+            samples.append(sample)
+        elif line:
+            logger.warning("%s: line %d holds no sample and is skipped: %.60r.", path, number, line)
+    return samples

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_tsdkd.checkpoints.atomic import write_atomically
 from nemo_tsdkd.checkpoints.start_over import SAMPLES
+from nemo_tsdkd.reporting.rows import read_samples
 
-logger = logging.getLogger(__name__)
 _DIGITS = 4  # significant, of each number
 
 
@@ -71,19 +70,3 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
         if whole:
             first, read = read, i + 1
     return texts
-
-
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    """The lines of a samples.jsonl in file order; lines that hold no sample are skipped, as a killed process leaves
-    one."""
-    samples = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        try:
-            sample = json.loads(line) if line else None
-        except (ValueError, RecursionError):
-            sample = None
-        if isinstance(sample, dict) and isinstance(sample.get("step"), int) and isinstance(sample.get("tokens"), dict):
-            samples.append(sample)
-        elif line:
-            logger.warning("%s: line %d holds no sample and is skipped: %.60r.", path, number, line)
-    return samples
