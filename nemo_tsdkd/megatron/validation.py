@@ -200,7 +200,8 @@ def _read(model: TSDKDModel, samples: Sequence[Sample], responses: Sequence[Resp
 
     def forward_step(batches: Iterator[DistillationBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
-        output = chunk(batch.micro_batch["tokens"], batch.micro_batch["position_ids"], None)
+        with hidden_states_only(chunk):
+            output = chunk(batch.micro_batch["tokens"], batch.micro_batch["position_ids"], None)
 
         def keep(output: torch.Tensor, non_loss_data: bool = True) -> None:
             """Megatron calls this on the last stage."""
@@ -211,17 +212,16 @@ def _read(model: TSDKDModel, samples: Sequence[Sample], responses: Sequence[Resp
     training, model.sees = gpt.training, True
     gpt.eval()
     try:
-        with hidden_states_only(gpt):
-            get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iter(batches),
-                model=gpt,
-                num_microbatches=len(batches),
-                seq_length=batches[0].micro_batch["tokens"].shape[1],  # the pipeline exchanges each micro-batch's shape
-                micro_batch_size=batches[0].micro_batch["tokens"].shape[0],
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=gpt,
+            num_microbatches=len(batches),
+            seq_length=batches[0].micro_batch["tokens"].shape[1],  # the pipeline exchanges each micro-batch's shape
+            micro_batch_size=batches[0].micro_batch["tokens"].shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
     finally:
         gpt.train(training)
         model.sees = False
