@@ -42,11 +42,18 @@ class ModelShape:
     def padded_vocab(self, tp: int) -> int:
         return padded_vocab_size(self.vocab, tensor_model_parallel_size=tp)
 
-    def params_per_gpu(self, tp: int, pp: int) -> int:
-        """Parameters of the fullest pipeline stage on one tensor-parallel rank (norms and biases counted as split)."""
-        table = self.padded_vocab(tp) * self.hidden
-        tables = 2 * table if pp == 1 and not self.tied else table  # PP > 1: the embedding or the head, not both
-        return self.layer_params_per_gpu(tp, pp) + tables // tp
+    def stage_params(self, tp: int, pp: int, stage: int) -> int:
+        """Parameters of a pipeline stage on one tensor-parallel rank (norms and biases counted as split)."""
+        return self.layer_params_per_gpu(tp, pp) + self.tables(pp, stage) * self.table_params(tp)
+
+    def tables(self, pp: int, stage: int) -> int:
+        """How many of embedding and head a stage holds: if they are tied, both ends of a pipeline hold the one."""
+        ends = (stage == 0) + (stage == pp - 1)
+        return min(ends, 1) if self.tied else ends
+
+    def table_params(self, tp: int) -> int:
+        """Parameters of the embedding or of the head on one tensor-parallel rank."""
+        return self.padded_vocab(tp) // tp * self.hidden
 
     def layer_params_per_gpu(self, tp: int, pp: int) -> int:
         return self.layers // pp * self.layer_params // tp

@@ -36,9 +36,14 @@ class Layout:
         return range(self.first_rank, self.first_rank + self.world_size)
 
     @property
+    def token_shards(self) -> int:
+        """Tensor-parallel ranks that hold a part each of a micro-batch's final hidden states."""
+        return self.tensor if self.sequence_parallel else 1
+
+    @property
     def sequence_shards(self) -> int:
         """Ranks that hold a part each of one row's final hidden states."""
-        return self.context * (self.tensor if self.sequence_parallel else 1)
+        return self.context * self.token_shards
 
     def on_last_stage(self, rank: int) -> tuple[int, int, int] | None:
         """(tensor, context, data) coordinates of a global rank on the last pipeline stage; None elsewhere."""
@@ -63,6 +68,13 @@ def teacher_layout(config: TrainConfig) -> Layout:
     """The teacher's layout: the student's ranks, or with `teacher.nodes` those of the last nodes."""
     first = config.student_world_size if config.teacher.nodes else 0
     return _layout(config.teacher_parallel, config.teacher_world_size, first)
+
+
+def hidden_state_shards(config: TrainConfig) -> int:
+    """Ranks of the student's last stage that keep a part each of the teacher's hidden states of one row: in one layout
+    each keeps what it computes, else its share of what it receives."""
+    student = student_layout(config)
+    return student.sequence_shards if config.one_layout else student.context * student.tensor
 
 
 def _layout(parallel: ParallelConfig, world_size: int, first_rank: int) -> Layout:
@@ -116,8 +128,7 @@ class Places:
         width = cut.width[rows]
         context, local = _zig_zag(positions, width, layout.context)
         width = width // layout.context
-        shards = layout.tensor if layout.sequence_parallel else 1
-        shard = local // (width // shards)
+        shard = local // (width // layout.token_shards)
         data, micro_batch = cut.data[rows], cut.micro_batch[rows]
         key = np.zeros_like(rows)
         for part in (data, context, shard, micro_batch, cut.slot[rows], local):

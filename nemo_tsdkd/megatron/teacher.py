@@ -23,7 +23,7 @@ from nemo_tsdkd.data.batch import MicroBatch
 from nemo_tsdkd.data.global_batch import GlobalBatch, slices_of
 from nemo_tsdkd.distributed.handover import Handover, share_size
 from nemo_tsdkd.distributed.job import Job
-from nemo_tsdkd.distributed.layout import Cut, student_layout, teacher_layout
+from nemo_tsdkd.distributed.layout import Cut, hidden_state_shards, student_layout, teacher_layout
 from nemo_tsdkd.distributed.vocab_parallel import all_gather
 from nemo_tsdkd.megatron.checkpoints.load import load_head
 from nemo_tsdkd.megatron.gpt import sequence_shard
@@ -87,7 +87,7 @@ class Teacher:
     def bytes_per_token(self) -> float:
         """Memory of one response token's hidden state on one rank of the student's last stage, on average."""
         hidden, dtype = self._row
-        return hidden * dtype.itemsize / (self.student.context * self.student.tensor)
+        return hidden * dtype.itemsize / hidden_state_shards(self.train_config)
 
     def forward(self, batch: GlobalBatch) -> list[Tensor]:
         """The teacher's hidden states of the response positions of each of this rank's student micro-batches.

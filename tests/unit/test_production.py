@@ -21,9 +21,12 @@ COLUMNS = (
     ("optimizer", "student_optimizer"),
     ("teacher weights", "teacher_weights"),
     ("activations", "activations"),
+    ("backward", "backward"),
     ("loss", "loss"),
     ("hidden", "teacher_hidden"),
+    ("teacher's pass", "teacher_pass"),
     ("KV cache", "kv_cache"),
+    ("prefill", "prefill"),
     ("peak", "peak"),
 )
 
