@@ -12,7 +12,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from nemo_tsdkd.checkpoints.shape import ModelShape
-from nemo_tsdkd.checks.memory import GIB, RESERVE, per_gpu, teacher_per_gpu
+from nemo_tsdkd.checks.memory import GIB, RESERVE, per_stage, teacher_per_gpu
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.distributed.launch import Launch
@@ -67,7 +67,8 @@ def check_gpu_memory(config: TrainConfig, shapes: dict[str, ModelShape]) -> None
 
     if len(shapes) < 2 or not torch.cuda.is_available():
         return
-    need, have = per_gpu(config, **shapes).weights, torch.cuda.mem_get_info()[1]
+    need = max(stage.weights for stage in per_stage(config, **shapes))
+    have = torch.cuda.mem_get_info()[1]
     if config.teacher.nodes:  # one node may hold either model
         need = max(need, teacher_per_gpu(config, **shapes) - RESERVE)
     if need > have:
