@@ -2,7 +2,7 @@
 # also installs Debian packages. `make test FAST=1` is for work in progress: what needs neither NeMo nor Slurm.
 PYTHON ?= python3.11
 BIN := .venv/bin
-SCRIPTS := .ci/run $(wildcard docker/*.sh slurm/*.sh tests/slurm/*.sh)
+SCRIPTS := .ci/run $(wildcard docker/*.sh slurm/*.sh tests/slurm/*.sh tests/browser/*.sh)
 INSTALLED := .venv/.installed
 FAST_TESTS := $(if $(filter-out 0,$(FAST)),tests/unit tests/multirank)
 
@@ -16,9 +16,11 @@ $(INSTALLED): pyproject.toml setup.py constraints-cpu.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[demo,verify,evaluate,test,bench,compile]'
 	touch $@
 
-# The Slurm lab of tests/slurm needs Debian packages; without root its tests skip and say so.
+# The Slurm lab of tests/slurm and the browser of tests/browser are Debian packages; without root and them, the tests
+# there skip and say so.
 lab:
 	if [ "$$(id -u)" = 0 ] && ! { command -v slurmctld && test -e /usr/include/slurm/spank.h; } > /dev/null; then tests/slurm/install.sh; fi
+	if [ "$$(id -u)" = 0 ] && ! command -v chromium > /dev/null; then tests/browser/install.sh; fi
 
 check: setup
 	$(BIN)/ruff check

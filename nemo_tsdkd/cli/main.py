@@ -99,6 +99,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "export": (_later("cli.convert", "export_main"), "training checkpoint -> NeMo or Hugging Face checkpoint"),
     "generate": (_later("cli.generate", "main"), "write responses of the student or the teacher to a folder"),
     "evaluate": (_later("cli.evaluate", "main"), "score an exported student on benchmarks"),
+    "report": (_later("cli.report", "main"), "draw the curves and samples of runs into one HTML file"),
     "preflight": (
         _later("checks.preflight", "main"),
         "check nodes, network, files and configuration before a long job",

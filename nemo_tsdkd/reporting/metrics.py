@@ -28,7 +28,7 @@ from matplotlib.ticker import MaxNLocator
 
 # figure -> (unit of its y axis, metrics drawn into it)
 PLOTS = {
-    "loss": ("nats", ("loss", "direct", "indirect", "entropy")),
+    "loss": ("nats", ("loss", "direct_weighted", "indirect_weighted", "entropy_weighted")),
     "entropy": ("nats per token", ("student_entropy", "teacher_entropy")),
     "selection": ("share", ("gate_mean", "opener_fraction", "rank_agreement")),
     "time": ("seconds per step", ("rollout_s", "teacher_s", "student_s")),

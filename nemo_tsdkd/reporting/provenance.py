@@ -41,10 +41,10 @@ def changed_settings(run_dir: str | Path, config: TrainConfig) -> list[str]:
     if not path.exists():
         return []
     try:
-        before = _flat(yaml.safe_load(path.read_bytes()))
+        before = flat_settings(yaml.safe_load(path.read_bytes()))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return [f"{path} cannot be read: what has changed since the last attempt is not known"]
-    now = _flat(OmegaConf.to_container(OmegaConf.structured(config)))
+    now = flat_settings(OmegaConf.to_container(OmegaConf.structured(config)))
     return [
         f"{name}: {before.get(name, 'not there')} -> {now.get(name, 'not there')}"
         for name in dict.fromkeys([*now, *before])
@@ -52,12 +52,13 @@ def changed_settings(run_dir: str | Path, config: TrainConfig) -> list[str]:
     ]
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def flat_settings(node: Any, prefix: str = "") -> dict[str, Any]:
+    """A configuration's values by the field's dotted name. Raises ValueError if `node` is no mapping."""
     if not isinstance(node, dict):
         raise ValueError("a configuration is a mapping")
     flat: dict[str, Any] = {}
     for name, value in node.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 

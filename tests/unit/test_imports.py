@@ -34,7 +34,7 @@ WITHOUT_TORCH = [
     for module in MODULES
     if module.split(".")[1:2] in (["config"], ["checkpoints"], ["checks"], ["cli"], ["verifiers"])
     or module in ("nemo_tsdkd.distributed.launch", "nemo_tsdkd.data.source")
-    or module in ("nemo_tsdkd.reporting.provenance", "nemo_tsdkd.reporting.rows")
+    or module in ("nemo_tsdkd.reporting.provenance", "nemo_tsdkd.reporting.rows", "nemo_tsdkd.reporting.report")
 ]
 
 
