@@ -28,6 +28,7 @@ from nemo_tsdkd.megatron.checkpoints.save import (
 )
 from nemo_tsdkd.megatron.validation import Validate
 from nemo_tsdkd.reporting.metrics import MetricsLogger
+from nemo_tsdkd.reporting.report import refresh_report
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class ReportMetrics(pl.Callback):
         if self._metrics_logger:
             finished = trainer.global_step >= trainer.max_steps or trainer.strategy.ended_early
             self._metrics_logger.close({"steps": trainer.global_step, "finished": finished})
+            refresh_report(self.run_dir)
 
 
 class SaveAndStop(pl.Callback):
@@ -152,6 +154,8 @@ class SaveAndStop(pl.Callback):
         if stop or due or last or best or step % settings.every_n_steps == 0:
             self.checkpoints.save(trainer, self.source, wait=bool(stop) or last, scores=scores)
             self._saved_at = time.monotonic()
+            if trainer.is_global_zero and not (stop or last):  # at its end ReportMetrics writes it
+                refresh_report(self.checkpoints.run_dir)
         if last and trainer.is_global_zero:
             mark_finished(self.checkpoints.run_dir)
         if early:

@@ -44,6 +44,7 @@ from nemo_tsdkd.megatron.teacher import Teacher
 from nemo_tsdkd.megatron.validation import HeldOut, Validate
 from nemo_tsdkd.reporting.metrics import MetricsLogger
 from nemo_tsdkd.reporting.provenance import changed_settings, save_provenance
+from nemo_tsdkd.reporting.report import refresh_report
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +146,7 @@ def _write_final_files(run_dir: Path, max_steps: int, step: int) -> None:
     if dist.get_rank() == 0:
         metrics_logger = MetricsLogger(run_dir, max_steps, progress=False, resume_step=step)
         metrics_logger.close({"steps": step, "finished": True})
+        refresh_report(run_dir)
         mark_finished(run_dir)
 
 

@@ -21,6 +21,7 @@ from nemo_tsdkd.checkpoints.start_over import METRICS
 from nemo_tsdkd.distributed.output import terminal
 from nemo_tsdkd.objective import ALWAYS_REPORTED
 from nemo_tsdkd.reporting.rows import drop_steps, read_metrics
+from nemo_tsdkd.reporting.run_files import record_start
 
 matplotlib.use("Agg")  # compute nodes have no display
 from matplotlib import pyplot as plt
@@ -54,6 +55,7 @@ class MetricsLogger:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.path = self.run_dir / METRICS
+        record_start(self.run_dir, resume_step)
         first = resume_step + 1 if resume_step else 0
         drop_steps(self.path, first)
         self._file = self.path.open("a", encoding="utf-8")

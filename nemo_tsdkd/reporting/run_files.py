@@ -55,11 +55,12 @@ def _read(folder: Path, name: str) -> RunFiles:
     by_step = {
         row["step"]: row for row in read_metrics(folder / METRICS)
     }  # of a step written twice the later row counts
+    last = max(by_step, default=0)
     config, samples = folder / "config.yaml", folder / SAMPLES
     return RunFiles(
         name=name,
         rows=[by_step[step] for step in sorted(by_step)],
-        restarts=restarts(folder / STARTS),
+        restarts=[step for step in restarts(folder / STARTS) if step < last],
         samples=read_samples(samples) if samples.is_file() else [],
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
         versions=_json(folder / "versions.json"),

@@ -66,7 +66,7 @@ def _steps_within(sizes: dict[int, int], budget: int) -> set[int]:
 
 def _packed(sample: dict[str, Any], run: int) -> dict[str, Any]:
     """A sample's fields that the page shows, numbers with three digits, without columns that do not fit its tokens."""
-    tokens = sample.get("tokens") if isinstance(sample.get("tokens"), dict) else {}
+    tokens = sample["tokens"]
     text = [str(piece) for piece in tokens["text"]] if isinstance(tokens.get("text"), list) else []
     verdict = sample.get("verdict") if isinstance(sample.get("verdict"), dict) else None
     return {
@@ -108,7 +108,7 @@ def _full(runs: Sequence[RunFiles], column: str) -> float:
         value
         for run in runs
         for sample in run.samples
-        if isinstance(sample.get("tokens"), dict) and isinstance(sample["tokens"].get(column), list)
+        if isinstance(sample["tokens"].get(column), list)
         for value in map(_digits, sample["tokens"][column])
         if value is not None
     )

@@ -17,6 +17,7 @@ from nemo_tsdkd.reporting import metrics
 from nemo_tsdkd.reporting.metrics import PLOTS, REQUIRED, MetricsLogger
 from nemo_tsdkd.reporting.provenance import changed_settings, git_state, save_provenance
 from nemo_tsdkd.reporting.rows import read_metrics
+from nemo_tsdkd.reporting.run_files import STARTS, restarts
 
 
 def values(step):
@@ -118,7 +119,19 @@ def test_what_json_cannot_hold_is_an_error(tmp_path, value):
 
 
 def test_every_plotted_metric_is_one_that_each_step_reports():
-    assert {key for _, keys in PLOTS.values() for key in keys} <= {*REQUIRED, *Metrics._fields}
+    weighted = {f"{term}_weighted" for term in ("direct", "indirect", "entropy")}
+    assert {key for _, keys in PLOTS.values() for key in keys} <= {*REQUIRED, *Metrics._fields, *weighted}
+
+
+def test_the_loss_is_drawn_with_its_terms_as_they_enter_it():
+    """The indirect term before its weight is so large that beside it the others are lines at the bottom."""
+    assert PLOTS["loss"][1] == ("loss", "direct_weighted", "indirect_weighted", "entropy_weighted")
+
+
+def test_each_start_is_noted_for_the_report(tmp_path):
+    write_steps(tmp_path, range(1, 5))
+    write_steps(tmp_path, range(3, 7), resume_step=2)
+    assert restarts(tmp_path / STARTS) == [2]
 
 
 def test_terms_without_weight_are_neither_required_nor_drawn(tmp_path):

@@ -118,6 +118,8 @@ def test_a_wheel_holds_all_configurations_and_no_test(wheel):
         return {str(path.relative_to(folder)) for path in folder.rglob("*.yaml")}
 
     assert names(wheel / "nemo_tsdkd" / "conf") == names(ROOT / "conf")
+    templates = Path("nemo_tsdkd", "reporting", "templates")
+    assert {p.name for p in (wheel / templates).iterdir()} == {p.name for p in (ROOT / templates).iterdir()}
     assert {path.name for path in wheel.iterdir()} == {
         "nemo_tsdkd",
         "bin",

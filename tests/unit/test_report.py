@@ -66,7 +66,7 @@ def test_steps_written_twice_and_torn_lines_leave_one_curve(tmp_path, caplog):
     assert [(r["step"], r["loss"]) for r in run.rows] == [(1, 2.0), (2, 9.0), (3, row(3)["loss"]), (4, 1.25)]
     assert [m.split(": ")[1] for m in caplog.messages] == [
         "line 7 does not hold a step's metrics and is skipped",
-        "line 1 holds no sample and is skipped",
+        *("line 1 holds no sample and is skipped", "line 2 holds no sample and is skipped"),
     ]
     build_report([folder], tmp_path / "r.html")
 
@@ -123,7 +123,11 @@ def test_samples_of_another_shape_do_not_end_a_report(damage, tmp_path):
     folder = write_run(tmp_path / "a", [row(1)], [*odd, short])
     build_report([folder], tmp_path / "r.html")
     shown = shown_samples(read_runs([folder]), 10**6)["samples"]
-    assert len(shown) == 5 and "gate" not in shown[-1]["columns"] and "opener" in shown[-1]["columns"]
+    assert (
+        len(shown) == (2 if damage == "tokens" else 5)
+        and "gate" not in shown[-1]["columns"]
+        and "opener" in shown[-1]["columns"]
+    )
 
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path):
