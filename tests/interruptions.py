@@ -20,7 +20,7 @@ from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.reporting.rows import read_metrics
 
-TIMES = ("rollout_s", "teacher_s", "student_s", "tokens_per_s")
+TIMES = ("rollout_s", "teacher_s", "student_s", "tokens_per_s", "validation_s")
 
 
 @dataclass
@@ -106,9 +106,14 @@ def _read_samples(run_dir: Path) -> dict[int, list[int]]:
 
 
 def steps_done(config: TrainConfig, steps: int) -> Callable[[], bool]:
-    """A moment to kill at: `steps` rows are in metrics.jsonl."""
+    """A moment to kill at: the rows of `steps` steps are in metrics.jsonl."""
     path = Path(config.run_dir, "metrics.jsonl")
-    return lambda: path.is_file() and len(path.read_text().splitlines()) >= steps
+
+    def done() -> bool:
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return sum(not line.startswith('{"step": 0,') for line in lines) >= steps
+
+    return done
 
 
 def saving(config: TrainConfig, step: int) -> Callable[[], bool]:

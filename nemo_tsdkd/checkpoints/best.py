@@ -13,6 +13,7 @@ from nemo_tsdkd.config.validation import UserError
 
 logger = logging.getLogger(__name__)
 SCORES = "validation.json"  # in a checkpoint's folder
+BEST = "best"  # RUN/best names a run's checkpoint with the best score
 
 
 @dataclass

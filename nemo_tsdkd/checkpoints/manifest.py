@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,13 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / CHECKPOINTS / f"step_{step}"
 
 
-def newest_complete(run_dir: Path) -> Path | None:
-    """The run's newest complete and undamaged checkpoint; the log names those that it skips."""
-    return first_complete(checkpoint_folders(run_dir)[::-1], find_damage)
+def newest_complete(run_dir: Path, deep: bool = True) -> Path | None:
+    """The run's newest complete and undamaged checkpoint; the log names those that it skips.
+
+    Args:
+        deep: as `find_damage`.
+    """
+    return first_complete(checkpoint_folders(run_dir)[::-1], partial(find_damage, deep=deep))
 
 
 def first_complete(candidates: Sequence[Path], damage_of: Callable[[Path], str | None]) -> Path | None:

@@ -107,6 +107,9 @@ def _stage(config: TrainConfig, student: ModelShape, teacher: ModelShape, stage:
 
     prompts = ceil_div(config.global_batch_size, layout.data * cp)  # of a step on one rank
     rows = min(config.rollout.batch_size, prompts) if config.rollout.lmbda > 0 else 0
+    if config.validation.path is not None:  # how many prompts it has is not known here, unless `limit` says so
+        held_out = ceil_div(config.validation.limit or 2**31, layout.data * cp)
+        rows = max(rows, min(config.rollout.batch_size, held_out))
     slots = config.data.seq_length * rows
 
     hidden = _itemsize(config.teacher.precision) * step * teacher.hidden * cp // hidden_state_shards(config)

@@ -11,15 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_tsdkd.checkpoints.atomic import atomic_folder, detect_full_disk, require_creatable
-from nemo_tsdkd.checkpoints.best import best_checkpoint
+from nemo_tsdkd.checkpoints.best import BEST, best_checkpoint
 from nemo_tsdkd.checkpoints.completeness import require_complete
 from nemo_tsdkd.checkpoints.foreign import require_safe
 from nemo_tsdkd.checkpoints.manifest import CHECKPOINTS, add_manifest, find_damage, has_manifest, newest_complete
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint, require_importable
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.distributed.output import redirect_library_output
-
-BEST = "best"  # RUN/best: the checkpoint of a run with the best validation
 
 
 def import_main(argv: Sequence[str] | None = None) -> None:

@@ -43,6 +43,10 @@ def train_main(argv: Sequence[str]) -> None:
 
         stopped = train(config)
     if stopped is None:
+        if place.rank == 0:
+            from nemo_tsdkd.reporting.last_words import last_words
+
+            print(*last_words(Path(config.run_dir)), sep="\n", flush=True)
         return
     if place.rank == 0:
         name = signal.Signals(stopped.signum).name

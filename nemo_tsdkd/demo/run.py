@@ -21,10 +21,21 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_tsdkd.checkpoints.atomic import write_json
+from nemo_tsdkd.checkpoints.start_over import METRICS
 from nemo_tsdkd.config.compose import compose_config
 from nemo_tsdkd.demo.pretrain import pretrained
 from nemo_tsdkd.demo.score import accuracy
-from nemo_tsdkd.demo.tasks import DISTIL_SEED, HELD_OUT, TASK, held_out_problems, training_problems, written_steps
+from nemo_tsdkd.demo.tasks import (
+    DISTIL_SEED,
+    HELD_OUT,
+    TASK,
+    Problem,
+    held_out_problems,
+    training_problems,
+    written_steps,
+)
+from nemo_tsdkd.reporting.accuracy import ACCURACY
+from nemo_tsdkd.reporting.rows import read_metrics
 
 PROMPTS = 5_000
 
@@ -43,13 +54,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with _phase("pretraining", seconds):
         models = pretrained(args.runs / "demo-cache")
+    problems = held_out_problems(args.problems)
     paths = {
         "run_dir": folder / "train",
         "student.path": models["student"],
         "teacher.path": models["teacher"],
         "data.path": write_prompts(folder / "prompts.jsonl", PROMPTS),
+        "validation.path": write_held_out(folder / "held_out.jsonl", problems),
     }
-    overrides = [*(f"{key}={path}" for key, path in paths.items()), *args.overrides]
+    given = ["checkpoint.keep_best=true", *args.overrides]
+    overrides = [*(f"{key}={path}" for key, path in paths.items()), *given]
     config = compose_config("demo", overrides)
     with _phase("distillation", seconds):
         ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.parallel.world_size)]
@@ -59,14 +73,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         source, target = str(folder / "train"), str(models["distilled"])
         _python("-m", "nemo_tsdkd", "export", "--checkpoint", source, "--to", "hf", "--output", target)
     with _phase("scoring", seconds):
-        problems = held_out_problems(args.problems)
         scores = {name: accuracy(path, problems) for name, path in models.items()}
 
+    rows = read_metrics(folder / "train" / METRICS)
     summary = {
         "student_before": scores["student"],
         "teacher": scores["teacher"],
         "student_after": scores["distilled"],
         "problems": len(problems),
+        "in_the_loop": {
+            row["step"]: row[ACCURACY] for row in read_metrics(folder / "train" / METRICS) if ACCURACY in row
+        },
         "steps": json.loads((folder / "train" / "summary.json").read_text())["steps"],
         "export": str(models["distilled"]),
         "seconds": seconds,
@@ -92,6 +109,14 @@ def write_prompts(path: Path, count: int) -> Path:
     return path
 
 
+def write_held_out(path: Path, problems: Sequence[Problem]) -> Path:
+    """The held-out problems for validation, each with reasoning-gym's whole entry."""
+    with path.open("w", encoding="utf-8") as file:
+        for problem in problems:
+            file.write(json.dumps({"prompt": problem["question"], "entry": problem}) + "\n")
+    return path
+
+
 def _python(*arguments: str) -> None:
     # One thread a process: four ranks share a laptop's cores, and idle OpenMP threads would spin on them.
     # The warnings are NeMo's and Megatron's, four times over, on what only a GPU has.
@@ -106,6 +131,8 @@ def _show(summary: dict) -> None:
         table.add_row(name.replace("_", " "), f"{summary[name]:.1%}")
     print(f"TSD-KD on {TASK}: {summary['steps']} steps, accuracy on {summary['problems']} held-out problems")
     Console().print(table)
+    curve = ", ".join(f"{accuracy:.1%} after step {step}" for step, accuracy in summary["in_the_loop"].items())
+    print(f"in the loop: {curve}")
     print(f"{sum(summary['seconds'].values()):.0f} s in all. Exported checkpoint: {summary['export']}")
 
 

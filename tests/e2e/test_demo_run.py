@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_tsdkd.demo import pretrain, run, score, tasks
+from nemo_tsdkd.reporting.rows import read_samples
 
 
 @pytest.mark.timeout(900)  # five imports of NeMo
@@ -34,6 +35,10 @@ def test_the_flow_from_hugging_face_to_hugging_face(tmp_path, monkeypatch):
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert (summary["steps"], summary["problems"]) == (2, 4)
     assert summary["seconds"].keys() == {"pretraining", "distillation", "export", "scoring"}
+    assert summary["in_the_loop"].keys() == {"0", "2"}
+    samples = read_samples(tmp_path / "demo" / "train" / "samples.jsonl")
+    assert {(s["step"], s["kind"]) for s in samples} == {(0, "validation"), (2, "validation")}
+    assert all(s["verdict"]["error"] is None for s in samples)
     (student,), (teacher,) = ((tmp_path / "demo-cache").glob(f"{name}-*") for name in ("student", "teacher"))
     export = Path(summary["export"])
     scored = {"student_before": student, "teacher": teacher, "student_after": export}

@@ -10,7 +10,7 @@ from interruptions import TIMES, saved_weights
 
 from nemo_tsdkd.checkpoints.manifest import step_folder
 from nemo_tsdkd.config.train_config import TrainConfig
-from nemo_tsdkd.reporting.rows import read_metrics
+from nemo_tsdkd.reporting.rows import read_metrics, read_samples
 
 TP, PP, SP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"
 RECOMPUTE = "recompute"
@@ -46,12 +46,64 @@ def alone(root, tmp_path_factory):
     return ranks.run_ranks(run, 1, tiny_run.config(root, tmp_path_factory.mktemp("alone"), 1))[0]
 
 
+@pytest.fixture(scope="module")
+def validated(root, tmp_path_factory):
+    """The reference with validation, and its run's folder."""
+    run_dir = tmp_path_factory.mktemp("validated")
+    config = tiny_run.config(root, run_dir, 1)
+    tiny_run.validate(config, root, 2, "none")
+    return *ranks.run_ranks(run, 1, config)[0], run_dir
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_five_steps_equal_those_of_one_process(layout, root, alone, tmp_path):
+def test_five_steps_equal_those_of_one_process(layout, root, alone, validated, tmp_path):
     world_size, parallel = LAYOUTS[layout]
     config = tiny_run.config(root, tmp_path, world_size, **parallel)
     config.objective.head = HEADS.get(layout, "logits")
-    compare(*ranks.run_ranks(run, world_size, config)[0], *alone)
+    tiny_run.validate(config, root, 2, "none")
+    steps, weights = ranks.run_ranks(run, world_size, config)[0]
+    compare(training(steps), weights, *alone)
+    compare_validation(steps, tmp_path, validated)
+
+
+def test_validation_and_samples_change_no_bit_of_the_training(alone, validated):
+    steps, weights, _ = validated
+    assert [s["step"] for s in steps if "validation_divergence" in s] == [0, 2, 4, 5]
+    assert [without_times(step) for step in training(steps)] == [without_times(step) for step in alone[0]]
+    assert weights.keys() == alone[1].keys()
+    assert all(torch.equal(weights[name], value) for name, value in alone[1].items())
+
+
+def training(steps: list[dict]) -> list[dict]:
+    """The rows without what validation adds."""
+    rows = [{name: v for name, v in step.items() if not name.startswith("validation_")} for step in steps]
+    return [row for row in rows if row["step"]]
+
+
+def without_times(step: dict) -> dict:
+    return {name: value for name, value in step.items() if name not in TIMES}
+
+
+def compare_validation(steps: list[dict], run_dir: Path, validated: tuple) -> None:
+    """All held-out prompts were answered as by one process, and the samples say the same of each token."""
+    expected_steps, _, expected_dir = validated
+    for step, expected in zip(steps, expected_steps, strict=True):
+        assert step["step"] == expected["step"]
+        names = [name for name in expected if name.startswith("validation_") and name not in TIMES]
+        assert {name: step.get(name) for name in names} == pytest.approx({name: expected[name] for name in names})
+    found, reference = (read_samples(folder / "samples.jsonl") for folder in (run_dir, expected_dir))
+    kinds = [(s["step"], s["kind"], s["index"]) for s in reference]
+    both = [(2, "train", 8), (2, "train", 9), (2, "validation", 0), (2, "validation", 1)]
+    assert kinds[:6] == [(0, "validation", 0), (0, "validation", 1), *both]
+    for sample, expected in zip(found, reference, strict=True):
+        tokens, expected_tokens = sample.pop("tokens"), expected.pop("tokens")
+        assert sample == expected and tokens.keys() == expected_tokens.keys()
+        for name, column in expected_tokens.items():
+            if name in ("text", "opener", "uncertain"):
+                assert tokens[name] == column
+            else:
+                assert tokens[name] == pytest.approx(column, rel=2e-3)  # of four digits
+        sample["tokens"], expected["tokens"] = tokens, expected_tokens
 
 
 def run_watched(config: TrainConfig) -> tuple[list[dict], dict[str, torch.Tensor], dict[str, list]]:

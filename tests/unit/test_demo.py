@@ -5,8 +5,11 @@ from dataclasses import replace
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemo_tsdkd.demo import pretrain, score, tasks
+from nemo_tsdkd.config.compose import compose_config
+from nemo_tsdkd.data.held_out import load_held_out
+from nemo_tsdkd.demo import pretrain, run, score, tasks
 from nemo_tsdkd.demo.tasks import is_solved, written_steps
+from nemo_tsdkd.verifiers.judge import judge_all
 
 TINY = replace(pretrain.RECIPES["student"], hidden_size=32, written_share=1.0, steps=2)
 
@@ -37,6 +40,32 @@ def test_written_steps_are_right_and_verified():
         for line, following in zip(lines, [*lines[1:], last.replace("Answer:", "")], strict=True):
             left, operator, right, result = line.replace("=", "").split()
             assert int(left) + int(operator + right) == int(result) == int(following.split()[0])
+
+
+def test_the_loop_scores_the_same_problems_by_the_same_limit_with_the_same_verdicts(tmp_path):
+    problems = tasks.held_out_problems(40)
+    data = run.write_held_out(tmp_path / "held_out.jsonl", problems)
+    required = [f"{name}=unused" for name in ("run_dir", "student.path", "teacher.path", "data.path")]
+    config = compose_config("demo", [*required, f"validation.path={data}"])
+    assert config.validation.max_new_tokens == score.MAX_NEW_TOKENS and config.validation.temperature == 0
+    held_out = load_held_out(config, tasks.build_tokenizer())
+    longest = max(len(problem.prompt_ids) for problem in held_out)
+    assert longest + score.MAX_NEW_TOKENS <= config.data.seq_length  # no response meets another limit
+    assert [problem.prompt for problem in held_out] == [problem["question"] for problem in problems]
+    wrong = [f"Answer: {int(problem['answer']) + 1}" for problem in problems]
+    right = [f"Answer: {problem['answer']}" for problem in problems]
+    odd = [
+        "",
+        "19",
+        "Answer: 5 or 6",
+        "Answer:\n",
+        f"{right[4]}.",
+        f"{wrong[5]}\n{right[5]}",
+        f"{right[6]} \n\nThat is all",
+    ]
+    for responses in (right, wrong, [*odd, *right[len(odd) :]]):
+        verdicts = judge_all("reasoning_gym", responses, [problem.reference for problem in held_out])
+        assert [v.correct for v in verdicts] == [*map(is_solved, problems, responses)]
 
 
 def test_an_estimate_is_near_and_seldom_right():
