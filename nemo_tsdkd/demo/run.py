@@ -81,9 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "teacher": scores["teacher"],
         "student_after": scores["distilled"],
         "problems": len(problems),
-        "in_the_loop": {
-            row["step"]: row[ACCURACY] for row in read_metrics(folder / "train" / METRICS) if ACCURACY in row
-        },
+        "in_the_loop": {row["step"]: row[ACCURACY] for row in rows if ACCURACY in row},
         "steps": json.loads((folder / "train" / "summary.json").read_text())["steps"],
         "export": str(models["distilled"]),
         "seconds": seconds,
