@@ -128,17 +128,20 @@ def rule_differences(tp: int, cp: int) -> dict[str, float]:
                 case = Case(config, steps=40, batch=1 if bounds else 3, cu_seqlens=bounds, ties=True)
                 x = case.tensors(torch.float64)
                 cu_seqlens = torch.tensor(bounds) if bounds else None
-                whole = tsdkd_loss(x["student"], x["teacher"], x["mask"], config, cu_seqlens=cu_seqlens)
+                asked = {"cu_seqlens": cu_seqlens, "return_seen": True}
+                whole = tsdkd_loss(x["student"], x["teacher"], x["mask"], config, **asked)
                 rows, width, _ = part(case, tp_group, cp_group)
                 student, teacher = (
                     cases.vocab_shard(x[model][rows], -1, width, tp_group.rank(), tp)
                     for model in ("student", "teacher")
                 )
-                fields = call_fields(case, tp_group, cp_group)
+                fields = call_fields(case, tp_group, cp_group) | {"return_seen": True}
                 out = tsdkd_loss(student, teacher, x["mask"][rows], config, **fields)
-                for key, value in whole.metrics.items():
+                found = out.metrics | {f"seen.{key}": value for key, value in vars(out.seen).items()}
+                expected = whole.metrics | {f"seen.{key}": value for key, value in vars(whole.seen).items()}
+                for key, value in expected.items():
                     differences[f"{place}={name} packed={bounds is not None} {key}"] = cases.error(
-                        out.metrics[key], value
+                        found[key].double(), value.double()
                     )
     return differences
 
@@ -146,7 +149,7 @@ def rule_differences(tp: int, cp: int) -> dict[str, float]:
 @pytest.mark.parametrize(("tp", "cp"), LAYOUTS)
 def test_every_rule_chooses_the_same_tokens_in_every_layout(tp, cp):
     for differences in run_ranks(rule_differences, tp * cp, tp, cp):
-        assert len(differences) == 3 * len(RULES) * 2 * 9
+        assert len(differences) == 3 * len(RULES) * 2 * (9 + 7)
         too_large = {k: v for k, v in differences.items() if not v < 1e-12}
         assert not too_large
 
