@@ -20,7 +20,8 @@ from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.reporting.rows import read_metrics
 
-TIMES = ("rollout_s", "teacher_s", "student_s", "tokens_per_s", "validation_s")
+# Metrics that depend on the machine.
+TIMES = ("rollout_s", "teacher_s", "student_s", "save_s", "validation_s", "tokens_per_s", "timestamp", "memory_gib")
 
 
 @dataclass

@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from types import FrameType
 from typing import Any
 
@@ -27,7 +28,7 @@ from nemo_tsdkd.megatron.checkpoints.save import (
     start_results_process,
 )
 from nemo_tsdkd.megatron.validation import Validate
-from nemo_tsdkd.reporting.metrics import MetricsLogger
+from nemo_tsdkd.reporting.metrics import MetricsLogger, refresh_plots
 from nemo_tsdkd.reporting.report import refresh_report
 
 logger = logging.getLogger(__name__)
@@ -71,10 +72,14 @@ class ReportMetrics(pl.Callback):
             step = trainer.global_step  # 0, or what the loaded checkpoint holds
             self._metrics_logger = MetricsLogger(self.run_dir, trainer.max_steps, self.progress_bar, resume_step=step)
             if trainer.strategy.validation_metrics:
-                self._metrics_logger.log_validation(step, trainer.strategy.validation_metrics)
+                self._metrics_logger.log_validation(
+                    step, trainer.strategy.validation_metrics | {"timestamp": time.time()}
+                )
 
     def on_train_batch_start(self, trainer: pl.Trainer, model: Any, batch: Any, batch_idx: int) -> None:
         self._started = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
     def on_train_batch_end(self, trainer: pl.Trainer, model: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -83,6 +88,10 @@ class ReportMetrics(pl.Callback):
         validation = trainer.strategy.validation_metrics
         seconds = time.perf_counter() - self._started - validation.get("validation_s", 0)
         metrics["tokens_per_s"] = metrics["response_tokens"] / seconds
+        metrics["memory_gib"] = _peak_memory() / 2**30
+        metrics["epoch"] = trainer.datamodule.epoch(step)
+        metrics["save_s"], trainer.strategy.save_s = trainer.strategy.save_s, 0.0
+        metrics["timestamp"] = time.time()
         metrics |= validation
         # Every rank holds the same reduced figures, so that every rank stops here, before anything is saved.
         bad = [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]
@@ -152,10 +161,13 @@ class SaveAndStop(pl.Callback):
         minutes = (time.monotonic() - self._saved_at) / 60
         stop, due = _largest(self._stop_signal, minutes >= settings.every_minutes)
         if stop or due or last or best or step % settings.every_n_steps == 0:
+            begin = time.monotonic()
             self.checkpoints.save(trainer, self.source, wait=bool(stop) or last, scores=scores)
             self._saved_at = time.monotonic()
+            trainer.strategy.save_s += self._saved_at - begin  # reported with the next step
             if trainer.is_global_zero and not (stop or last):  # at its end ReportMetrics writes it
                 refresh_report(self.checkpoints.run_dir)
+                refresh_plots(self.checkpoints.run_dir)
         if last and trainer.is_global_zero:
             mark_finished(self.checkpoints.run_dir)
         if early:
@@ -164,6 +176,15 @@ class SaveAndStop(pl.Callback):
         elif stop and not last:
             self.stopped = Stopped(stop, step, step_folder(self.checkpoints.run_dir, step))
             trainer.should_stop = True
+
+
+def _peak_memory() -> float:
+    """Bytes on the fullest rank: of a GPU, what tensors held at most in this step; of a CPU's process, what it ever
+    held."""
+    own = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    most = torch.tensor(own, dtype=torch.float64, device=torch.cuda.current_device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.item()
 
 
 def _largest(*values: int) -> list[int]:

@@ -11,6 +11,7 @@ from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader
 
+from nemo_tsdkd.config.integers import ceil_div
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.data.dataset import EpochOrder, PromptDataset, Sample
@@ -58,6 +59,11 @@ class SampleModule(pl.LightningDataModule):
             self.dataset, total, config.seed, block=config.global_batch_size, repeats=config.rollout.reuse
         )
         return DataLoader(order, collate_fn=as_list)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data after `step` steps; a set of rollouts that is reused was drawn once."""
+        drawn = ceil_div(step, self.config.rollout.reuse) * self.global_batch_size
+        return drawn / len(self.dataset)
 
     def reconfigure_limit_batches(self) -> None:
         """NeMo calls it to convert validation batches to micro-batches; there is no validation loop here."""

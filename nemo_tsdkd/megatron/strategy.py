@@ -20,7 +20,7 @@ from torch import Tensor
 from nemo_tsdkd.checkpoints.foreign import require_safe
 from nemo_tsdkd.megatron.checkpoints.unpickling import checkpoint_errors
 from nemo_tsdkd.megatron.samples import samples_due, take_samples
-from nemo_tsdkd.objective import reported
+from nemo_tsdkd.objective import reported, weighted
 from nemo_tsdkd.rollout.schedule import Response
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class TSDKDStrategy(nl.MegatronStrategy):
     step_metrics: dict[str, float]
     validation_metrics: Mapping[str, float] = {}  # of the validation after this step, if there was one
     samples: Sequence[dict[str, Any]] = ()  # of this step and its validation, to be written down by rank 0
+    save_s = 0.0  # seconds of the saves since the last reported step
     ended_early = False  # by validation.patience
     not_finite: str | None = None  # the first micro-batch of this rank, if any, whose loss was not finite
 
@@ -136,6 +137,7 @@ class TSDKDStrategy(nl.MegatronStrategy):
         total = dict(zip(names, sums.tolist(), strict=True))
         count = total.pop("count")
         means = {name: value / count for name, value in total.items()}
+        means |= weighted(self.lightning_module.train_config.objective.resolved(), means)
         return means | {"response_tokens": int(total["response_tokens"])}
 
     def _not_finite(self, reports: Any, batches: list[DistillationBatch]) -> str | None:

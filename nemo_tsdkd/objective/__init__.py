@@ -2,7 +2,7 @@
 
 from nemo_tsdkd.config.schema import ObjectiveConfig
 from nemo_tsdkd.objective.loss import tsdkd_loss, tsdkd_loss_from_hidden
-from nemo_tsdkd.objective.output import ALWAYS_REPORTED, Metrics, ObjectiveOutput, reported
+from nemo_tsdkd.objective.output import ALWAYS_REPORTED, Metrics, ObjectiveOutput, reported, weighted
 from nemo_tsdkd.objective.resolve import ResolvedObjective, check_registered, resolve_objective
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "resolve_objective",
     "tsdkd_loss",
     "tsdkd_loss_from_hidden",
+    "weighted",
 ]

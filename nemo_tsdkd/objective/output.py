@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,6 +40,13 @@ def reported(config: ObjectiveConfig) -> tuple[str, ...]:
     """The metrics that a resolved config's objective reports: a term of weight 0 is not computed and has none."""
     off = sum((names for weight, names in TERM_METRICS.items() if getattr(config, weight) == 0), ())
     return (*(name for name in Metrics._fields if name not in off), *config.extra_terms)
+
+
+def weighted(config: ObjectiveConfig, means: Mapping[str, float]) -> dict[str, float]:
+    """`NAME_weighted` of each term that a resolved config's objective reports: as it enters the loss, which is their
+    sum. `means` holds the terms before their weights."""
+    weights = {names[0]: getattr(config, weight) for weight, names in TERM_METRICS.items()} | config.extra_terms
+    return {f"{name}_weighted": weight * means[name] for name, weight in weights.items() if weight}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -27,6 +28,7 @@ matplotlib.use("Agg")  # compute nodes have no display
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+logger = logging.getLogger(__name__)
 # figure -> (unit of its y axis, metrics drawn into it)
 PLOTS = {
     "loss": ("nats", ("loss", "direct_weighted", "indirect_weighted", "entropy_weighted")),
@@ -40,6 +42,10 @@ REQUIRED = (
     *ALWAYS_REPORTED,
     *("rollout_s", "teacher_s", "student_s"),
     *("grad_norm", "lr", "tokens_per_s"),
+    "timestamp",  # seconds since 1970, at the step's end
+    "epoch",  # passes over the data so far
+    "save_s",  # seconds of the saves since the last reported step
+    "memory_gib",  # see callbacks._peak_memory
 )
 
 
@@ -81,6 +87,8 @@ class MetricsLogger:
             ValueError: one is NaN or infinite.
         """
         self._write(step, values)
+        if self._display:
+            self._display.note_accuracy(values)
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
@@ -99,16 +107,24 @@ class MetricsLogger:
         if self._display:
             self._display.close()
         write_json(self.run_dir / "summary.json", summary)
-        _plot(self.path, self.run_dir)
+        draw_plots(self.run_dir)
 
 
 class _Display:
-    """A progress bar on a terminal; one line a step in a log file."""
+    """A progress bar on a terminal; in a log file a line for the first and the last step, and between them for one
+    step in LINE_EVERY seconds."""
+
+    LINE_EVERY = 30.0
 
     def __init__(self, total_steps: int, done: int) -> None:
         self.total_steps, self.first, self.start = total_steps, done, time.monotonic()
+        self.line_at, self.accuracy = 0.0, ""
         self.console = Console(file=terminal())
-        columns = ("loss {task.fields[loss]:.4f}", "{task.fields[speed]:,.0f} tokens/s", "ETA {task.fields[eta]}")
+        columns = (
+            "loss {task.fields[loss]:.4f}",
+            "{task.fields[speed]:,.0f} tokens/s",
+            "ETA {task.fields[eta]}{task.fields[accuracy]}",
+        )
         self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -117,24 +133,43 @@ class _Display:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.bar.add_task("train", total=total_steps, completed=done, loss=math.nan, speed=0, eta="-")
+        self.task = self.bar.add_task(
+            "train", total=total_steps, completed=done, loss=math.nan, speed=0, eta="-", accuracy=""
+        )
         self.bar.start()
 
-    def show(self, step: int, values: dict[str, float]) -> None:
-        seconds = (time.monotonic() - self.start) / (step - self.first) * (self.total_steps - step)
+    def note_accuracy(self, values: Mapping[str, float]) -> None:
+        """Show the accuracy of this validation from now on."""
+        if "validation_accuracy" in values:
+            self.accuracy = f"  accuracy {values['validation_accuracy']:.1%}"
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        self.note_accuracy(values)
+        now = time.monotonic()
+        seconds = (now - self.start) / (step - self.first) * (self.total_steps - step)
         eta = str(timedelta(seconds=round(seconds)))
         loss, speed = values["loss"], values["tokens_per_s"]
-        self.bar.update(self.task, completed=step, loss=loss, speed=speed, eta=eta)
-        if not self.console.is_terminal:
-            line = f"step {step}/{self.total_steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  ETA {eta}"
+        self.bar.update(self.task, completed=step, loss=loss, speed=speed, eta=eta, accuracy=self.accuracy)
+        if not self.console.is_terminal and (now >= self.line_at or step == self.total_steps):
+            self.line_at = now + self.LINE_EVERY
+            line = f"step {step}/{self.total_steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  ETA {eta}{self.accuracy}"
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self.bar.stop()
 
 
-def _plot(metrics: Path, folder: Path) -> None:
-    rows = read_metrics(metrics)
+def refresh_plots(run_dir: Path) -> None:
+    """Draw the plots of a run that trains. Whatever goes wrong is a warning: a picture ends no training."""
+    try:
+        draw_plots(run_dir)
+    except Exception as error:
+        logger.warning("The plots could not be written (%s: %s). Training goes on.", type(error).__name__, error)
+
+
+def draw_plots(run_dir: Path) -> None:
+    """Draw one PNG for each entry of PLOTS from the run's metrics.jsonl."""
+    rows = read_metrics(run_dir / METRICS)
     for name, (unit, keys) in PLOTS.items():
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for key in (key for key in keys if any(key in row for row in rows)):
@@ -143,5 +178,5 @@ def _plot(metrics: Path, folder: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.lines:
             axes.legend()
-        figure.savefig(folder / f"{name}.png", dpi=120)
+        figure.savefig(run_dir / f"{name}.png", dpi=120)
         plt.close(figure)

@@ -4,15 +4,17 @@ import json
 import logging
 import os
 import subprocess
+from dataclasses import replace
 
 import pytest
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import nemo_tsdkd
+from nemo_tsdkd.config.compose import compose_config
 from nemo_tsdkd.config.schema import DataConfig, ModelConfig, TeacherConfig
 from nemo_tsdkd.config.train_config import TrainConfig
-from nemo_tsdkd.objective import Metrics, ObjectiveConfig, reported
+from nemo_tsdkd.objective import Metrics, ObjectiveConfig, reported, weighted
 from nemo_tsdkd.reporting import metrics
 from nemo_tsdkd.reporting.metrics import PLOTS, REQUIRED, MetricsLogger
 from nemo_tsdkd.reporting.provenance import changed_settings, git_state, save_provenance
@@ -108,6 +110,14 @@ def test_every_row_is_on_the_disk_before_the_next_step(tmp_path, monkeypatch):
         assert synced[-1] == metrics_logger.path.stat().st_size and len(synced) == step
 
 
+def test_plots_appear_while_the_run_goes_on_and_their_failure_ends_nothing(tmp_path, caplog):
+    write_steps(tmp_path, range(1, 4))
+    metrics.refresh_plots(tmp_path)
+    assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in PLOTS)
+    metrics.refresh_plots(tmp_path / "absent")
+    assert "Training goes on" in caplog.text
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_json_cannot_hold_is_an_error(tmp_path, value):
     metrics_logger = MetricsLogger(tmp_path, 10, progress=False)
@@ -150,15 +160,41 @@ def test_a_step_must_report_every_metric(tmp_path):
         MetricsLogger(tmp_path, 10, progress=False).log(1, incomplete)
 
 
-def test_progress_in_a_log_file_is_a_line_a_step(tmp_path, capsys):
-    metrics_logger = MetricsLogger(tmp_path, 1000, progress=True, resume_step=4)
-    metrics_logger.log(5, values(5) | {"tokens_per_s": 1234.4})
+def test_progress_in_a_log_file_is_a_line_for_some_steps(tmp_path, capsys, monkeypatch):
+    """Steps of 12 s: a line for the first, the last, and those that come 30 s or more after the last line."""
+    clock = iter(range(0, 1000, 12))
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: float(next(clock)))
+    metrics_logger = MetricsLogger(tmp_path, 12, progress=True, resume_step=4)
+    for step in range(5, 13):
+        accuracy = {"validation_accuracy": 0.25} if step == 7 else {}
+        metrics_logger.log(step, values(step) | {"tokens_per_s": 1234.4} | accuracy)
     metrics_logger.close({})
     out, err = capsys.readouterr()
     assert out == ""
-    assert [line.split("ETA")[0].strip() for line in err.splitlines() if line.strip()] == [
-        "step 5/1000  loss 0.2000  1,234 tokens/s"
+    assert [line.strip() for line in err.splitlines() if line.strip()] == [
+        "step 5/12  loss 0.2000  1,234 tokens/s  ETA 0:01:24",
+        "step 8/12  loss 0.1250  1,234 tokens/s  ETA 0:00:48  accuracy 25.0%",
+        "step 11/12  loss 0.0909  1,234 tokens/s  ETA 0:00:12  accuracy 25.0%",
+        "step 12/12  loss 0.0833  1,234 tokens/s  ETA 0:00:00  accuracy 25.0%",
     ]
+
+
+PATHS = ("run_dir=r", "student.path=s", "teacher.path=t", "data.path=d")
+
+
+@pytest.mark.parametrize("name", ["paper", "no_entropy", "forward_kl"])
+def test_weighted_terms_are_those_of_the_loss(name):
+    config = replace(
+        compose_config("train", [f"objective={name}", *PATHS]).objective, extra_terms={"a": 0.5}
+    ).resolved()
+    means = {"direct": 2.0, "indirect": 3.0, "entropy": 5.0, "a": 7.0}
+    expected = {
+        "direct_weighted": 2.0 * config.direct_weight,
+        "indirect_weighted": 3.0 * config.indirect_kd_alpha,
+        "entropy_weighted": 5.0 * config.entropy_weight,
+        "a_weighted": 3.5,
+    }
+    assert weighted(config, means) == {name: value for name, value in expected.items() if value}
 
 
 def test_provenance(tmp_path):
