@@ -207,7 +207,7 @@ class DataConfig:
     path: str = MISSING  # .jsonl or .parquet, a folder of them, or a hub data set name
     subset: str | None = None  # of a hub data set
     split: str = "train"  # of a hub data set
-    prompt_column: str = "prompt"
+    prompt_column: str = "prompt"  # text, or a list of chat messages with role and content, the last of the user
     response_column: str = "response"
     seq_length: int = 2048  # prompt + response; longer prompts are dropped and counted
     apply_chat_template: bool = True  # the tokenizer's; off: prompts are taken as they are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from nemo_tsdkd.data.tokenizer import Vocabulary
 log = logging.getLogger(__name__)
 
 ENCODED = datasets.Features(
-    prompt=datasets.Value("string"),
+    prompt_json=datasets.Value("string"),
     prompt_ids=datasets.Sequence(datasets.Value("int32")),
     response_ids=datasets.Sequence(datasets.Value("int32")),
 )
@@ -95,6 +96,10 @@ class PromptDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def prompt(self, i: int) -> str | list[dict[str, str]]:
+        """The prompt of row `i` as the data has it: text, or chat messages."""
+        return json.loads(self.rows[i]["prompt_json"])
 
     def __getitem__(self, i: int) -> Sample:
         row = self.rows[i]

@@ -23,7 +23,6 @@ class Problem:
     """A held-out prompt. `reference` is what the verifier made of the row's answer; None without a verifier."""
 
     index: int  # of its row
-    prompt: str
     prompt_ids: list[int]
     reference: Any
 
@@ -47,7 +46,7 @@ def load_held_out(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> li
             encoded = encode_row(row, i, source=source, data_config=data, tokenizer=tokenizer, vocabulary=None)
             if len(encoded["prompt_ids"]) < data.seq_length:
                 reference = read(*named_row(row, i, source))
-                problems.append(Problem(total + i, encoded["prompt"], encoded["prompt_ids"], reference))
+                problems.append(Problem(total + i, encoded["prompt_ids"], reference))
         total += len(rows)
     dropped = total - len(problems)
     if not problems:

@@ -83,7 +83,8 @@ def encode_row(
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary | None,
 ) -> dict[str, Any]:
-    """The prompt and the tokens of the row `index` (from 0) of the file or data set `source`.
+    """The prompt as JSON (text, or a list of chat messages) and the tokens of the row `index` (from 0) of `source`, a
+    file or data set.
 
     Raises:
         UserError: the row cannot be used, with file and line.
@@ -92,11 +93,15 @@ def encode_row(
     column = data_config.prompt_column
     if column == "prompt" and "prompt" not in row and "instruction" in row:
         column = "instruction"  # the name in half of the public instruction data
-    prompt = _text(row, column, where, data_config.section)
+    prompt: str | list[dict[str, str]]
+    if isinstance(row.get(column), list):
+        prompt = messages = _messages(row[column], f"{where}: {column}", data_config)
+    else:
+        prompt = _text(row, column, where, data_config.section)
+        messages = [{"role": "user", "content": prompt}]
     if data_config.apply_chat_template:
-        message = {"role": "user", "content": prompt}
         try:
-            prompt_ids = tokenizer.apply_chat_template([message], add_generation_prompt=True)
+            prompt_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         except Exception as error:  # a template is a program and may raise anything
             raise UserError(
                 f"{where}: the tokenizer's chat template fails on the prompt ({type(error).__name__}: {error!s:.120}). "
@@ -107,7 +112,32 @@ def encode_row(
     if not prompt_ids:
         raise UserError(f"{where}: {column} = {prompt!r:.80}: gives no token. Correct or remove the row.")
     response_ids = _response_ids(row, data_config, tokenizer, vocabulary, where) if vocabulary else []
-    return {"prompt": prompt, "prompt_ids": prompt_ids, "response_ids": response_ids}
+    return {"prompt_json": json.dumps(prompt), "prompt_ids": prompt_ids, "response_ids": response_ids}
+
+
+def _messages(value: list[Any], where: str, data_config: DataConfig) -> list[dict[str, str]]:
+    """A chat as the tokenizer's template takes it. Raises UserError unless it is one that the model can answer."""
+    if not data_config.apply_chat_template:
+        raise UserError(
+            f"{where} is a list of chat messages, which needs the tokenizer's chat template. "
+            f"Set {data_config.section}.apply_chat_template=true, or give text."
+        )
+    messages = []
+    for number, message in enumerate(value, start=1):
+        given = {key: x for key, x in message.items() if x is not None} if isinstance(message, dict) else {}
+        if given.keys() != {"role", "content"} or not all(isinstance(x, str) for x in given.values()):
+            raise UserError(
+                f"{where}: message {number} is {message!r:.80}: must hold role and content, both text, and nothing "
+                "else. Correct or remove the row."
+            )
+        messages.append({"role": given["role"], "content": _printable(given["content"], f"{where}: message {number}")})
+    roles = [message["role"] for message in messages]
+    if roles[-1:] != ["user"] or not set(roles) <= {"system", "user", "assistant"}:
+        raise UserError(
+            f"{where}: has messages of the roles {roles}: must be of system, user and assistant, and the last of the "
+            "user. Correct or remove the row."
+        )
+    return messages
 
 
 def named_row(row: dict[str, Any], index: int, source: str) -> tuple[dict[str, Any], str]:
@@ -164,10 +194,14 @@ def _text(row: dict[str, Any], column: str, where: str, section: str = "data") -
     value = row[column]
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: {column} = {value!r:.80}: must be text and not empty. Correct or remove the row.")
+    return _printable(value, f"{where}: {column}")
+
+
+def _printable(text: str, where: str) -> str:
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as e:  # JSON can write down half of a surrogate pair; no text can hold it
         raise UserError(
-            f"{where}: {column} holds {value[e.start]!r} at character {e.start}: not a character. Correct the row."
+            f"{where} holds {text[e.start]!r} at character {e.start}: not a character. Correct the row."
         ) from e
-    return value
+    return text

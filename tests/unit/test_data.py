@@ -61,6 +61,50 @@ def test_template_eos_and_columns(tmp_path, tokenizer):
     assert load(path, tokenizer, apply_chat_template=False)[0].prompt_ids == [ONE]
 
 
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}bot:"
+
+
+def chat(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def test_chats_are_read_as_their_text_and_come_back_as_they_were(tmp_path):
+    tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE)
+    chats = [chat(("user", "one")), chat(("user", "one"), ("assistant", "two"), ("user", "three"))]
+    path = write(tmp_path / "a.jsonl", *({"prompt": prompt} for prompt in [*chats, "one"]))
+    pd.DataFrame({"prompt": chats}).to_parquet(tmp_path / "a.parquet")
+    data = load(path, tokenizer)
+    expected = tokenizer("user: one assistant: two user: three bot:")["input_ids"]
+    assert data[1].prompt_ids == expected and data[0].prompt_ids == data[2].prompt_ids
+    assert [data.prompt(i) for i in range(3)] == [*chats, "one"]
+    parquet = load(tmp_path / "a.parquet", tokenizer)
+    assert list(parquet) == list(data)[:2] and [parquet.prompt(i) for i in range(2)] == chats
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], r"has messages of the roles \[\]"),
+        (chat(("user", "one"), ("assistant", "two")), "and the last of the user"),
+        (chat(("tool", "one"), ("user", "two")), "must be of system, user and assistant"),
+        (["one"], "message 1 is 'one': must hold role and content"),
+        ([{"role": "user", "content": 5}], "message 1 is .*: must hold role and content, both text"),
+        ([{"role": "user", "content": "one", "name": "Ann"}], "and nothing else"),
+        (chat(("user", "\udc80")), "message 1 holds '.udc80' at character 0: not a character"),
+    ],
+)
+def test_a_bad_chat_is_named_by_file_and_line(tmp_path, tokenizer, prompt, message):
+    path = write(tmp_path / "bad.jsonl", {"prompt": chat(("user", "one"))}, {"prompt": prompt})
+    with pytest.raises(ValueError, match=f"bad.jsonl, line 2: prompt:? ?.*{message}"):
+        load(path, tokenizer)
+
+
+def test_a_chat_needs_the_template(tmp_path, tokenizer):
+    path = write(tmp_path / "bad.jsonl", {"prompt": chat(("user", "one"))})
+    with pytest.raises(ValueError, match=r"list of chat messages.*Set data.apply_chat_template=true"):
+        load(path, tokenizer, apply_chat_template=False)
+
+
 def test_prompts_that_look_like_dates_stay_text(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", {"prompt": "2020-01-01"}, {"prompt": "one\u2028two"})
     data = load(path, tokenizer, apply_chat_template=False)

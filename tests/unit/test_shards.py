@@ -104,7 +104,7 @@ def test_the_trainer_reads_the_tokens_that_were_sampled(tmp_path, monkeypatch, f
     shards.write(1, records[2:])
     read = PromptDataset.load(data, tokenizer, vocabulary)
     assert [sample.response_ids for sample in read] == [ids for ids, _ in written]
-    assert read.rows["prompt"][:] == ["Ann has 0", "Ann has 1", "Ann has 2"]
+    assert [read.prompt(i) for i in range(3)] == ["Ann has 0", "Ann has 1", "Ann has 2"]
 
 
 def test_tokens_of_another_tokenizer_are_refused(tmp_path, monkeypatch):

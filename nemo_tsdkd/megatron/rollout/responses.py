@@ -90,7 +90,7 @@ def _records(
     return [
         {
             "index": row,
-            "prompt": prompts.rows[row]["prompt"],
+            "prompt": prompts.prompt(row),
             "response": response_text(tokenizer, response.token_ids),
             "response_ids": response.token_ids,
             "truncated": response.truncated,
