@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nemo_tsdkd.config.schema import ParallelConfig
 from nemo_tsdkd.config.validation import HostError, UserError, is_of_the_host
-from nemo_tsdkd.distributed import launch
+from nemo_tsdkd.distributed import launch, output
 from nemo_tsdkd.distributed.signals import end_with_torchrun, exit_on_stop_signals
 
 
@@ -121,9 +121,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    parser.add_argument(
+        "--verbose", action="store_true", help="show what libraries print, which else goes to log files"
+    )
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below; each has its --help")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
     args = parser.parse_args(argv)
+    if args.verbose:
+        output.leave_library_output()
     # One rank of each node prints: a bad configuration is the same on all, but a file may be missing on one node only.
     prints = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
     if not (prints and sys.stderr.isatty()):

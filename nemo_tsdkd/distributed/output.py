@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 _terminal: TextIO | None = None
+_to_console = False
 
 
 def terminal() -> TextIO:
@@ -24,11 +25,20 @@ def terminal_descriptor() -> int:
     return _terminal.fileno() if _terminal else 2
 
 
+def leave_library_output() -> None:
+    """Leave the output of libraries on the console: from now on `redirect_library_output` does nothing."""
+    global _to_console
+    _to_console = True
+
+
 @contextmanager
 def redirect_library_output(log: Path) -> Iterator[None]:
     """Append to `log` the output of this process and its children, and the traceback of an error. The error gets a note
     that names the file. Our own log messages go to the terminal too. An empty log is removed."""
     global _terminal
+    if _to_console:
+        yield
+        return
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush(), sys.stderr.flush()
     saved = [os.dup(descriptor) for descriptor in (1, 2)]

@@ -144,6 +144,8 @@ def _begin_attempt(
 def _write_final_files(run_dir: Path, max_steps: int, step: int) -> None:
     """Write the final files of a run: an attempt may have been killed between its last checkpoint and them."""
     if dist.get_rank() == 0:
+        ways = "A larger max_steps continues it; another run_dir begins a new run."
+        logger.info("%s: this run finished at step %d. %s", run_dir, step, ways)
         metrics_logger = MetricsLogger(run_dir, max_steps, progress=False, resume_step=step)
         metrics_logger.close({"steps": step, "finished": True})
         refresh_report(run_dir)

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 import nemo_tsdkd.cli.main
 from nemo_tsdkd.checkpoints.manifest import add_manifest
 from nemo_tsdkd.config.validation import HostError
+from nemo_tsdkd.distributed import output
 
 GOOD = {"prompt": "Ann has 3 boxes", "response": "36"}
 
@@ -482,3 +483,13 @@ def test_what_the_machine_refuses_has_another_status(error, place, monkeypatch, 
     log = place.root / "run" / "logs" / "rank_0.log"
     assert (status, err) == (1, f"nemo-tsdkd: error: {error} More in {log}.\n")
     assert "Traceback" in log.read_text() and "from a library" in log.read_text()
+
+
+def test_verbose_leaves_what_libraries_print_on_the_console(place, monkeypatch, capfd):
+    stand_in = types.SimpleNamespace(train=lambda config: os.write(1, b"from a library\n") and None)
+    monkeypatch.setitem(sys.modules, "nemo_tsdkd.megatron", types.SimpleNamespace(train=stand_in))
+    monkeypatch.setitem(sys.modules, "nemo_tsdkd.megatron.train", stand_in)
+    monkeypatch.setattr(output, "_to_console", False)  # so that monkeypatch takes back what --verbose sets
+    nemo_tsdkd.cli.main.main(["--verbose", "train", *place.arguments()])
+    assert "from a library" in capfd.readouterr().out
+    assert not (place.root / "run" / "logs").exists()
