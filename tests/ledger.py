@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ class Ledger(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._sizes: dict[int, int] = {}
+        self._in_kernel = False
         self.held = self.peak = 0
 
     def reset(self) -> int:
@@ -28,10 +31,29 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if not self._in_kernel:
+            self._add_all(out)
+        return out
+
+    def kernel(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, as if it were one kernel: what it returns counts, its own temporaries do not."""
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            outer, self._in_kernel = self._in_kernel, True
+            try:
+                out = function(*args, **kwargs)
+            finally:
+                self._in_kernel = outer
+            self._add_all(out)
+            return out
+
+        return wrapped
+
+    def _add_all(self, out: Any) -> None:
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor.untyped_storage())
-        return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

@@ -103,14 +103,9 @@ def _stage(config: TrainConfig, student: ModelShape, teacher: ModelShape, stage:
     in_flight = min((pp - stage) * tokens, step)  # 1F1B: as many micro-batches as stages from here on
     everything, kept = (_kept(student, layout, how, itemsize) for how in ("none", config.parallel.recompute))
     inputs = itemsize * student.hidden // layout.token_shards
-    gradients = itemsize * (2 * student.ffn // tp + 2 * student.hidden)  # of the MLP's halves, in and out of a product
+    gradients = itemsize * _mlp_gradients(student, layout)
 
-    prompts = ceil_div(config.global_batch_size, layout.data * cp)  # of a step on one rank
-    rows = min(config.rollout.batch_size, prompts) if config.rollout.lmbda > 0 else 0
-    if config.validation.path is not None:  # how many prompts it has is not known here, unless `limit` says so
-        held_out = ceil_div(config.validation.limit or 2**31, layout.data * cp)
-        rows = max(rows, min(config.rollout.batch_size, held_out))
-    slots = config.data.seq_length * rows
+    slots = config.data.seq_length * min(config.rollout.batch_size, _prompts(config))
 
     hidden = _itemsize(config.teacher.precision) * step * teacher.hidden * cp // hidden_state_shards(config)
     hidden = hidden if last and not config.teacher.offload_hidden_states else 0
@@ -131,6 +126,16 @@ def _stage(config: TrainConfig, student: ModelShape, teacher: ModelShape, stage:
         * min(max(PREFILL_TOKENS, config.data.seq_length), slots)
         * (5 * student.hidden + 3 * student.ffn // tp),
     )
+
+
+def _prompts(config: TrainConfig) -> int:
+    """Most prompts that one rank answers at a time: its share of a step's, or of the held-out ones."""
+    ranks = config.data_parallel_size * config.parallel.context_parallel_size
+    step = ceil_div(config.global_batch_size, ranks) if config.rollout.lmbda > 0 else 0
+    if config.validation.path is None:
+        return step
+    held_out = config.validation.limit
+    return max(step, ceil_div(held_out, ranks) if held_out else config.rollout.batch_size)
 
 
 def _itemsize(precision: str) -> int:
@@ -161,6 +166,14 @@ def _kept(shape: ModelShape, layout: Layout, recompute: str, itemsize: int) -> i
         "selective": attention + 3 * hidden,  # the second norm's output is computed again with the MLP
         "full": hidden,
     }[recompute]
+
+
+def _mlp_gradients(shape: ModelShape, layout: Layout) -> int:
+    """Numbers a token by which an MLP's backward pass exceeds what its layer keeps: gradients of output and residual;
+    and of the halves, or what the products read and write of all ranks under sequence parallelism."""
+    half, gathered = shape.ffn // layout.tensor, shape.hidden if layout.sequence_parallel else 0
+    # The activation's backward; the second product's; the first one's, when all that the MLP kept is free.
+    return 2 * shape.hidden // layout.token_shards + max(2 * half, half + gathered, 2 * gathered - half)
 
 
 def _teacher_on(config: TrainConfig, teacher: ModelShape, stage: int, hidden: int) -> tuple[int, int, int]:

@@ -113,9 +113,9 @@ SMALL = ModelShape(layers=8, hidden=256, heads=4, kv_heads=2, ffn=1024, vocab=40
 LARGE = ModelShape(layers=4, hidden=512, heads=8, kv_heads=2, ffn=2048, vocab=4096, head_dim=64)
 
 
-def small(tp=1, pp=1, **fields):
+def small(tp=1, pp=1, gpus=None, **fields):
     """512 tokens a row, 8 rows a step."""
-    c = config(tp, pp, gpus=tp * pp, global_batch_size=8, **fields)
+    c = config(tp, pp, gpus=gpus or tp * pp, global_batch_size=8, **fields)
     c.data.seq_length, c.rollout.max_new_tokens = 512, 256
     return c
 
@@ -137,10 +137,16 @@ def test_what_recompute_keeps_of_a_layer(recompute, a_layer):
     m = per_gpu(c, SMALL, LARGE)
     assert m.activations == 512 * (8 * a_layer + 2 * 256)
     none = 2 * (256 + 2 * 128 + 256) + 4 * 4 + 2 * 4 * 256 + 2 * 3 * 1024
-    assert m.backward == 512 * (none - a_layer + 2 * (2 * 1024 + 2 * 256))
+    assert m.backward == 512 * (none - a_layer + 2 * (2 * 256 + 2 * 1024))  # and gradients: two of 256, two of 1,024
     c = small(tp=2)  # with sequence parallelism all of it is halved
     c.parallel.recompute = recompute
     assert per_gpu(c, SMALL, LARGE).activations == m.activations / 2
+
+
+def test_sequence_parallelism_gathers_what_narrow_products_read_and_write():
+    wide = replace(SMALL, hidden=1024, ffn=256)
+    m = per_gpu(small(tp=2), wide, LARGE)
+    assert m.backward == 2 * 512 * (2 * 512 + 2 * 1024 - 128)
 
 
 def test_the_first_stage_holds_the_activations_and_the_last_the_loss():
@@ -191,9 +197,20 @@ def test_a_prefill_and_a_teachers_pass():
     assert per_gpu(c, SMALL, LARGE).prefill == 2 * 16384 * (5 * 256 + 3 * 512)
 
 
+def test_validation_may_decode_more_rows_than_a_step():
+    c = small(gpus=4)
+    c.rollout.batch_size = 6  # a step has two prompts on each of four ranks
+    a_row = per_gpu(c, SMALL, LARGE).kv_cache // 2
+    c.validation.path = "held_out.jsonl"
+    assert per_gpu(c, SMALL, LARGE).kv_cache == 6 * a_row
+    c.validation.limit = 10
+    assert per_gpu(c, SMALL, LARGE).kv_cache == 3 * a_row
+    c.rollout.lmbda = 0.0
+    assert per_gpu(c, SMALL, LARGE).kv_cache == 3 * a_row
+
+
 def test_a_teacher_in_a_layout_of_its_own_keeps_its_hidden_states_until_they_are_sent():
-    c = small()
-    c.parallel.gpus_per_node = 4
+    c = small(gpus=4)
     c.teacher.parallel.tensor_model_parallel_size = 4
     m = per_gpu(c, SMALL, LARGE)
     hidden = 2 * 2 * 512 * 512  # two of eight rows on each student
