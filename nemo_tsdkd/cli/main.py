@@ -97,6 +97,7 @@ def _later(module: str, function: str) -> Callable[[Sequence[str]], None]:
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "init": (_later("cli.init", "main"), "write a configuration and a job script to begin with"),
     "train": (train_main, "distil the teacher into the student"),
     "check": (check_main, "print the resolved configuration and say whether it can run; needs no GPU"),
     "import": (_later("cli.convert", "import_main"), "Hugging Face checkpoint -> NeMo checkpoint"),
