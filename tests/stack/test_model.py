@@ -163,6 +163,7 @@ def test_the_signal_that_asks_for_a_checkpoint_spares_the_process_that_a_checkpo
 
 def shared_out() -> list[list[int]]:
     """What each of two context-parallel ranks holds after five responses; a stand-in generates them."""
+    from functools import partial
     from types import SimpleNamespace
     from unittest.mock import patch
 
@@ -181,6 +182,7 @@ def shared_out() -> list[list[int]]:
     student = SimpleNamespace(
         train_config=train_config, module=None, vocabulary=vocabulary, _long_timeout_group=long_timeout_group()
     )
+    student.generate = partial(model.TSDKDModel.generate, student)
     samples = [Sample(i, [10 + i], []) for i in range(5)]
     with patch.object(model, "generate", generate), patch.object(model, "unwrap"):
         return [response.token_ids for response in model.TSDKDModel._generate(student, samples, 0)]
