@@ -16,6 +16,7 @@ from nemo_tsdkd.config.compose import compose_config
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.objective import Metrics, ObjectiveConfig, tsdkd_loss
 from nemo_tsdkd.reporting.metrics import REQUIRED
+from nemo_tsdkd.verifiers.judge import judge_all
 
 PATHS = ["run_dir=run", "student.path=s", "teacher.path=t", "data.path=d.jsonl"]
 
@@ -67,6 +68,8 @@ def main(models: Path) -> dict:
         ),
         "refused": refusal(compose_config("train", [*PATHS, "optim.adam_eps=0"]).validate),
     }
+    verdicts = judge_all("ends_with", ["so it is 7", "7 it is", ""], ["7"] * 3)
+    seen["ends_with"] = [(verdict.correct, verdict.answer, verdict.error) for verdict in verdicts]
     other = models / "sliding"
     shutil.copytree(models / "mistral", other)
     config = json.loads((other / "config.json").read_text())

@@ -41,6 +41,7 @@ def test_each_kind_of_extension_has_its_recipe():
         "divergence",
         "term",
         "metric",
+        "verifier",
         "configuration field",
         "model architecture",
     }
@@ -72,6 +73,10 @@ def test_the_term_and_the_metric_are_reported(seen):
 def test_the_field_has_a_rule_and_reaches_the_optimizer(seen):
     assert seen["refused"] == "optim.adam_eps = 0.0: must be greater than 0. Give a positive number."
     assert seen["adam_eps"] == 1e-6
+
+
+def test_the_verifier_judges_in_its_own_process(seen):
+    assert seen["ends_with"] == [[True, "7", None], [False, "is", None], [False, None, None]]
 
 
 def test_the_architecture_is_imported_with_hugging_face_s_logits_and_other_settings_are_refused(seen):

@@ -6,7 +6,7 @@ import pytest
 import ranks
 import tiny_run
 import torch
-from test_layouts import compare, results, run
+from test_layouts import compare, compare_validation, results, run, training, validated  # noqa: F401  a fixture
 
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.reporting.rows import read_metrics
@@ -166,12 +166,15 @@ def result_of(config: TrainConfig) -> tuple[list[dict], dict[str, torch.Tensor]]
 
 
 @pytest.mark.parametrize("name", APART)
-def test_a_teacher_on_nodes_of_its_own(name, root, alone, tmp_path):
+def test_a_teacher_on_nodes_of_its_own(name, root, alone, validated, tmp_path):  # noqa: F811
     nodes, teacher_nodes, student, teacher = APART[name]
     config = tiny_run.config(root, tmp_path, 2, **student)
     config.parallel.num_nodes, config.teacher.nodes = nodes, teacher_nodes
     for field, value in teacher.items():
         setattr(config.teacher.parallel, field, value)
     config.teacher.micro_batch_size = 4
+    tiny_run.validate(config, root, 2, "none")
     ranks.run_ranks(train_apart, 2 * nodes, config, meet=False)
-    compare(*ranks.run_ranks(result_of, 1, config)[0], *alone)
+    steps, weights = ranks.run_ranks(result_of, 1, config)[0]
+    compare(training(steps), weights, *alone)
+    compare_validation(steps, tmp_path, validated)

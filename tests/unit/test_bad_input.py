@@ -420,6 +420,52 @@ def _(place: Place) -> None:
     place.data.mkdir()
 
 
+HELD_OUT = "validation.path=held_out.jsonl"
+setting(r"validation.path = '': must be a path", "validation.path=")
+setting(r"validation.path = 'held_out.jsonl': there is no such file", HELD_OUT)
+setting(r"checkpoint.keep_best = True: needs validation.path", "checkpoint.keep_best=true")
+setting(r"validation.patience = 2: needs validation.path", "validation.patience=2")
+for field in ("every_n_steps", "limit", "max_new_tokens"):
+    setting(rf"validation.{field} = 0: must be greater than 0", f"validation.{field}=0")
+setting(r"validation.temperature = -1.0: must not be negative", "validation.temperature=-1")
+setting(r"samples.count = -1: must not be negative", "samples.count=-1")
+setting(
+    r"validation.max_new_tokens = 99: must be fewer than data.seq_length = 64", "validation.max_new_tokens=99", HELD_OUT
+)
+setting(
+    r"validation.every_n_steps = 3: must be a multiple of rollout.reuse = 2",
+    *("rollout.reuse=2", "max_steps=4", "validation.every_n_steps=3", "validation.patience=1", HELD_OUT),
+)
+setting(
+    r"validation.verifier = 'vote': must be one of exact, math, reasoning_gym", "validation.verifier=vote", HELD_OUT
+)
+
+
+def held_out(name: str, content: str, message: str, *overrides: str) -> None:
+    """A row of the held-out prompts after a good one."""
+
+    @case(f"held out {name}", message)
+    def _(place: Place) -> None:
+        file = place.root / "held_out.jsonl"
+        file.write_text('{"prompt": "1 + 1", "answer": 2}\n' + content + "\n")
+        place.extra.extend([f"validation.path={file}", *overrides])
+
+
+held_out("no prompt", '{"answer": "1"}', r"held_out.jsonl, line 2: no column 'prompt'.*Set validation.prompt_column")
+held_out("no answer", '{"prompt": "1"}', r"held_out.jsonl, line 2: no column 'answer'.*Set validation.answer_column")
+held_out("an answer that is none", '{"prompt": "1", "answer": []}', r"line 2: answer = \[\]: must be text or a number")
+held_out(
+    "no entry",
+    '{"prompt": "1", "answer": "1"}',
+    r"line 1: answer = 2: must be reasoning-gym's entry",
+    "validation.verifier=reasoning_gym",
+)
+held_out("no JSON", "{", r"held_out.jsonl, line 2: not JSON")
+held_out(
+    "a split", '{"prompt": "1", "answer": 1}', r"validation.split = 'dev': only a hub data set", "validation.split=dev"
+)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_gives_one_line_and_starts_nothing(name, place, started, capfd):
     assert len(CASES) >= 80
