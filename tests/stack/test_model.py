@@ -180,7 +180,7 @@ def shared_out() -> list[list[int]]:
     train_config = SimpleNamespace(rollout=None, seed=1, data=SimpleNamespace(seq_length=9))
     vocabulary = Vocabulary(9, 0, (1,))
     student = SimpleNamespace(
-        train_config=train_config, module=None, vocabulary=vocabulary, _long_timeout_group=long_timeout_group()
+        train_config=train_config, module=None, vocabulary=vocabulary, long_timeout_group=long_timeout_group()
     )
     student.generate = partial(model.TSDKDModel.generate, student)
     samples = [Sample(i, [10 + i], []) for i in range(5)]
