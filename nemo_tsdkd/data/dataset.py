@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.data.rows import encode_row, require_template
 from nemo_tsdkd.data.source import check_data, data_files
 from nemo_tsdkd.data.tokenizer import Vocabulary
+from nemo_tsdkd.distributed.output import terminal
 
 log = logging.getLogger(__name__)
 
@@ -63,19 +65,22 @@ class PromptDataset(Dataset[Sample]):
                 template, or no usable row.
         """
         require_template(data_config, tokenizer)
-        encoded = datasets.concatenate_datasets(
-            [
-                rows.map(
-                    encode_row,
-                    with_indices=True,
-                    fn_kwargs=dict(source=source, data_config=data_config, tokenizer=tokenizer, vocabulary=vocabulary),
-                    remove_columns=rows.column_names,
-                    features=ENCODED,
-                    desc=f"Tokenizing {source}",
-                )
-                for source, rows in open_rows(data_config)
-            ]
-        )
+        with redirect_stderr(terminal()):  # its bar, where a user looks
+            encoded = datasets.concatenate_datasets(
+                [
+                    rows.map(
+                        encode_row,
+                        with_indices=True,
+                        fn_kwargs=dict(
+                            source=source, data_config=data_config, tokenizer=tokenizer, vocabulary=vocabulary
+                        ),
+                        remove_columns=rows.column_names,
+                        features=ENCODED,
+                        desc=f"Tokenizing {source}",
+                    )
+                    for source, rows in open_rows(data_config)
+                ]
+            )
         prompt, response = (
             list_value_length(encoded.data.column(name)).to_numpy() for name in ("prompt_ids", "response_ids")
         )

@@ -6,20 +6,16 @@ import json
 import logging
 import math
 import os
-import time
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from nemo_tsdkd.checkpoints.atomic import write_json
 from nemo_tsdkd.checkpoints.start_over import METRICS
-from nemo_tsdkd.distributed.output import terminal
+from nemo_tsdkd.distributed.progress import ProgressDisplay
 from nemo_tsdkd.objective import ALWAYS_REPORTED
 from nemo_tsdkd.reporting.rows import drop_steps, read_metrics
 from nemo_tsdkd.reporting.run_files import record_start
@@ -66,7 +62,8 @@ class MetricsLogger:
         drop_steps(self.path, first)
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=first)
-        self._display = _Display(total_steps, resume_step) if progress else None
+        self._display = ProgressDisplay("step", total_steps, resume_step) if progress else None
+        self._said_last = ""  # of a validation, shown until the next one
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write one step's metrics (plain numbers); they are on the disk when it returns.
@@ -77,8 +74,10 @@ class MetricsLogger:
         if missing := [key for key in REQUIRED if key not in values]:
             raise ValueError(f"step {step} reports no {', '.join(missing)}.")
         self._write(step, values)
+        self._said_last = _accuracy(values) or self._said_last
         if self._display:
-            self._display.show(step, values)
+            said = f"loss {values['loss']:.4f}  {values['tokens_per_s']:,.0f} tokens/s"
+            self._display.show(step, said, self._said_last)
 
     def log_validation(self, step: int, values: Mapping[str, float]) -> None:
         """Write the metrics of a validation without a training step: the row of step 0.
@@ -87,8 +86,7 @@ class MetricsLogger:
             ValueError: one is NaN or infinite.
         """
         self._write(step, values)
-        if self._display:
-            self._display.note_accuracy(values)
+        self._said_last = _accuracy(values) or self._said_last
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
@@ -110,53 +108,8 @@ class MetricsLogger:
         draw_plots(self.run_dir)
 
 
-class _Display:
-    """A progress bar on a terminal; in a log file a line for the first and the last step, and between them for one
-    step in LINE_EVERY seconds."""
-
-    LINE_EVERY = 30.0
-
-    def __init__(self, total_steps: int, done: int) -> None:
-        self.total_steps, self.first, self.start = total_steps, done, time.monotonic()
-        self.line_at, self.accuracy = 0.0, ""
-        self.console = Console(file=terminal())
-        columns = (
-            "loss {task.fields[loss]:.4f}",
-            "{task.fields[speed]:,.0f} tokens/s",
-            "ETA {task.fields[eta]}{task.fields[accuracy]}",
-        )
-        self.bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            *map(TextColumn, columns),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.task = self.bar.add_task(
-            "train", total=total_steps, completed=done, loss=math.nan, speed=0, eta="-", accuracy=""
-        )
-        self.bar.start()
-
-    def note_accuracy(self, values: Mapping[str, float]) -> None:
-        """Show the accuracy of this validation from now on."""
-        if "validation_accuracy" in values:
-            self.accuracy = f"  accuracy {values['validation_accuracy']:.1%}"
-
-    def show(self, step: int, values: Mapping[str, float]) -> None:
-        self.note_accuracy(values)
-        now = time.monotonic()
-        seconds = (now - self.start) / (step - self.first) * (self.total_steps - step)
-        eta = str(timedelta(seconds=round(seconds)))
-        loss, speed = values["loss"], values["tokens_per_s"]
-        self.bar.update(self.task, completed=step, loss=loss, speed=speed, eta=eta, accuracy=self.accuracy)
-        if not self.console.is_terminal and (now >= self.line_at or step == self.total_steps):
-            self.line_at = now + self.LINE_EVERY
-            line = f"step {step}/{self.total_steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  ETA {eta}{self.accuracy}"
-            self.console.print(line, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        self.bar.stop()
+def _accuracy(values: Mapping[str, float]) -> str | None:
+    return f"accuracy {values['validation_accuracy']:.1%}" if "validation_accuracy" in values else None
 
 
 def refresh_plots(run_dir: Path) -> None:

@@ -14,6 +14,7 @@ import nemo_tsdkd
 from nemo_tsdkd.config.compose import compose_config
 from nemo_tsdkd.config.schema import DataConfig, ModelConfig, TeacherConfig
 from nemo_tsdkd.config.train_config import TrainConfig
+from nemo_tsdkd.distributed import progress
 from nemo_tsdkd.objective import Metrics, ObjectiveConfig, reported, weighted
 from nemo_tsdkd.reporting import metrics
 from nemo_tsdkd.reporting.metrics import PLOTS, REQUIRED, MetricsLogger
@@ -163,7 +164,7 @@ def test_a_step_must_report_every_metric(tmp_path):
 def test_progress_in_a_log_file_is_a_line_for_some_steps(tmp_path, capsys, monkeypatch):
     """Steps of 12 s: a line for the first, the last, and those that come 30 s or more after the last line."""
     clock = iter(range(0, 1000, 12))
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     metrics_logger = MetricsLogger(tmp_path, 12, progress=True, resume_step=4)
     for step in range(5, 13):
         accuracy = {"validation_accuracy": 0.25} if step == 7 else {}

@@ -22,6 +22,7 @@ from nemo_tsdkd.data.dataset import PromptDataset
 from nemo_tsdkd.data.response_shards import Shards
 from nemo_tsdkd.data.tokenizer import Vocabulary, load_tokenizer, response_text
 from nemo_tsdkd.distributed.groups import from_rank_zero, long_timeout_group, process_group, rank_zero_first
+from nemo_tsdkd.distributed.progress import ProgressDisplay
 from nemo_tsdkd.megatron.checkpoints.load import frozen_model, gpt_config, resolve
 from nemo_tsdkd.megatron.rollout.generation import Decoder
 from nemo_tsdkd.rollout.schedule import Response
@@ -72,7 +73,11 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
         groups = {"tp_group": tp_group, "pp_group": pp_group}
         with Decoder(model, rollout_config=config.rollout, vocabulary=vocabulary, **groups) as decoder:
             generate = partial(decoder.generate, seed=config.seed, step=0, max_length=config.data.seq_length)
-            for shard in missing[parallel_state.get_data_parallel_rank() :: copies]:
+            own = missing[parallel_state.get_data_parallel_rank() :: copies]
+            display, done = None, 0
+            if dist.get_rank() == 0:  # its copy's share; the others' are as large
+                display = ProgressDisplay("prompt", sum(len(shards.rows_of(shard, len(prompts))) for shard in own))
+            for shard in own:
                 start = time.perf_counter()
                 rows = shards.rows_of(shard, len(prompts))
                 responses = generate([prompts[i].prompt_ids for i in rows], sample_ids=list(rows))
@@ -80,7 +85,12 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
                 if tp_group.rank() == pp_group.rank() == 0:
                     shards.write(shard, _records(prompts, tokenizer, rows, responses))
                     seconds = time.perf_counter() - start
-                    logger.info("shard %d: %d responses, %.0f tokens/s", shard, len(responses), tokens / seconds)
+                    logger.debug("shard %d: %d responses, %.0f tokens/s", shard, len(responses), tokens / seconds)
+                done += len(rows)
+                if display:
+                    display.show(done, f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
+            if display:
+                display.close()
         dist.barrier(all_ranks)  # a copy without shards left may wait hours for the others
 
 
