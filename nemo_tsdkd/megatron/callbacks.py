@@ -71,12 +71,11 @@ class ReportMetrics(pl.Callback):
         if trainer.is_global_zero:
             step = trainer.global_step  # 0, or what the loaded checkpoint holds
             self._metrics_logger = MetricsLogger(self.run_dir, trainer.max_steps, self.progress_bar, resume_step=step)
-            if trainer.strategy.validation_metrics:
-                self._metrics_logger.log_validation(
-                    step, trainer.strategy.validation_metrics | {"timestamp": time.time()}
-                )
 
     def on_train_batch_start(self, trainer: pl.Trainer, model: Any, batch: Any, batch_idx: int) -> None:
+        validation = trainer.strategy.validation_metrics
+        if self._metrics_logger and validation and trainer.global_step == 0:
+            self._metrics_logger.log_validation(0, validation | {"timestamp": time.time()})
         self._started = time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

@@ -70,6 +70,9 @@ class WriteSamples(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, model: Any) -> None:
         if trainer.is_global_zero:
             self._writer = SamplesWriter(self.run_dir, load_tokenizer(self.student), trainer.global_step)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, model: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 0:
             self._write(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, model: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

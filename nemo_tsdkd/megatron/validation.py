@@ -62,7 +62,6 @@ class Validate(pl.Callback):
         self.scores = Scores(ACCURACY if judged else DIVERGENCE, content_digest(depends_on), higher_is_better=judged)
 
     def on_train_start(self, trainer: pl.Trainer, model: TSDKDModel) -> None:
-        step = trainer.global_step
         self._tokenizer = load_tokenizer(self.config.student.path)
         before = Scores.read(Path(trainer.ckpt_path)) if trainer.ckpt_path else None
         if before and before.compares(self.scores):
@@ -71,7 +70,10 @@ class Validate(pl.Callback):
             logger.info(
                 "validation: its prompts or settings have changed: earlier scores do not compare with new ones."
             )
-        if step == 0 and self.config.validation.at_start:
+
+    def on_train_batch_start(self, trainer: pl.Trainer, model: TSDKDModel, batch: Any, batch_idx: int) -> None:
+        """The validation at the start comes here, since a stop signal is only noted from `on_train_start` on."""
+        if trainer.global_step == 0 and self.config.validation.at_start:
             self._validate(trainer, model, 0)
 
     def on_train_batch_end(self, trainer: pl.Trainer, model: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
