@@ -16,7 +16,7 @@ from torch import Tensor
 from nemo_tsdkd.config.integers import ceil_div, round_up
 from nemo_tsdkd.data.batch import MicroBatch, cut_by_rows, cut_by_tokens, halve_largest, pad_rows
 from nemo_tsdkd.data.dataset import Sample
-from nemo_tsdkd.distributed.layout import Cut, Ints
+from nemo_tsdkd.distributed.layout import BatchSplit, Ints
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ class GlobalBatch:
     def length(self) -> Ints:
         return self.prompt + self.response
 
-    def student_cut(
+    def student_split(
         self, data_parallel_size: int, micro_batch_size: int, multiple: int, *, micro_batch_tokens: int = 0
-    ) -> Cut:
+    ) -> BatchSplit:
         """Each data-parallel rank's own rows in micro-batches of rows of about the same length.
 
         All ranks have equally many micro-batches. The longest rows come first: if they do not fit into memory, the step
-        fails at once and not in its middle. Rows of one length keep the order of their samples' indices, so the cut
+        fails at once and not in its middle. Rows of one length keep the order of their samples' indices, so the split
         does not depend on the order of a rank's rows.
 
         Args:
@@ -96,12 +96,12 @@ class GlobalBatch:
         size, width = len(self.index) // data_parallel_size, self._padded(multiple)
         shares = [self._longest_first(range(first, first + size)) for first in range(0, len(self.index), size)]
         if not micro_batch_tokens:
-            return self._cut([cut_by_rows(share, micro_batch_size) for share in shares], width)
+            return self._split([cut_by_rows(share, micro_batch_size) for share in shares], width)
         chunks = [cut_by_tokens(share, width, micro_batch_tokens) for share in shares]
         count = max(map(len, chunks))
-        return self._cut([halve_largest(of_rank, width, count) for of_rank in chunks], width)
+        return self._split([halve_largest(of_rank, width, count) for of_rank in chunks], width)
 
-    def balanced_cut(self, data_parallel_size: int, micro_batch_size: int, multiple: int) -> Cut:
+    def balanced_split(self, data_parallel_size: int, micro_batch_size: int, multiple: int) -> BatchSplit:
         """Rows by descending length, each to the rank with the fewest tokens so far: all ranks finish together."""
         shares: list[list[int]] = [[] for _ in range(data_parallel_size)]
         tokens, length = np.zeros(data_parallel_size, dtype=np.int64), self.length
@@ -109,7 +109,7 @@ class GlobalBatch:
             rank = int(tokens.argmin())
             shares[rank].append(row)
             tokens[rank] += length[row]
-        return self._cut([cut_by_rows(share, micro_batch_size) for share in shares], self._padded(multiple))
+        return self._split([cut_by_rows(share, micro_batch_size) for share in shares], self._padded(multiple))
 
     def _longest_first(self, rows: Iterable[int]) -> list[int]:
         length, index = self.length.tolist(), self.index.tolist()
@@ -119,26 +119,28 @@ class GlobalBatch:
         """The length of each row, rounded up."""
         return {row: round_up(length, multiple) for row, length in enumerate(self.length.tolist())}
 
-    def _cut(self, chunks: Sequence[Sequence[Sequence[int]]], padded: Mapping[int, int]) -> Cut:
-        """The cut of each rank's micro-batches of rows, the longest row first."""
+    def _split(self, chunks: Sequence[Sequence[Sequence[int]]], padded: Mapping[int, int]) -> BatchSplit:
+        """The split of each rank's micro-batches of rows, the longest row first."""
         data, micro_batch, slot, width = np.zeros((4, len(self.index)), dtype=np.int64)
         for rank, of_rank in enumerate(chunks):
             for m, rows in enumerate(of_rank):
                 at = list(rows)
                 data[at], micro_batch[at], slot[at], width[at] = rank, m, range(len(at)), padded[at[0]]
-        return Cut(data, micro_batch, slot, width)
+        return BatchSplit(data, micro_batch, slot, width)
 
-    def micro_batches(self, cut: Cut, data_rank: int, *, pad_id: int, device: torch.device | str) -> list[MicroBatch]:
-        """The micro-batches of one data-parallel rank under `cut`; this rank must hold their rows."""
-        mine = np.flatnonzero(cut.data == data_rank)
-        mine = mine[np.lexsort((cut.slot[mine], cut.micro_batch[mine]))]
-        chunks = np.split(mine, np.flatnonzero(np.diff(cut.micro_batch[mine])) + 1) if len(mine) else []
+    def micro_batches(
+        self, split: BatchSplit, data_rank: int, *, pad_id: int, device: torch.device | str
+    ) -> list[MicroBatch]:
+        """The micro-batches of one data-parallel rank under `split`; this rank must hold their rows."""
+        mine = np.flatnonzero(split.data == data_rank)
+        mine = mine[np.lexsort((split.slot[mine], split.micro_batch[mine]))]
+        chunks = np.split(mine, np.flatnonzero(np.diff(split.micro_batch[mine])) + 1) if len(mine) else []
         length = self.length
         return [
             pad_rows(
                 [self.tokens[row - self.first_row, : length[row]] for row in rows],
                 *(values[rows].tolist() for values in (self.prompt, self.response, self.index)),
-                width=int(cut.width[rows[0]]),
+                width=int(split.width[rows[0]]),
                 pad_id=pad_id,
                 device=device,
             )
@@ -146,8 +148,8 @@ class GlobalBatch:
         ]
 
 
-def slices_of(cut: Cut, rows: int) -> Cut:
-    """The cut of a model that reads another's micro-batches in slices of `rows`: their padding stays, so that both
+def slices_of(split: BatchSplit, rows: int) -> BatchSplit:
+    """The split of a model that reads another's micro-batches in slices of `rows`: their padding stays, so that both
     models' shards hold the same positions."""
-    slices = ceil_div(int(cut.slot.max(initial=0)) + 1, rows)
-    return Cut(cut.data, cut.micro_batch * slices + cut.slot // rows, cut.slot % rows, cut.width)
+    slices = ceil_div(int(split.slot.max(initial=0)) + 1, rows)
+    return BatchSplit(split.data, split.micro_batch * slices + split.slot // rows, split.slot % rows, split.width)

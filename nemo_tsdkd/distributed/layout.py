@@ -89,8 +89,8 @@ def _layout(parallel: ParallelConfig, world_size: int, first_rank: int) -> Layou
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How the rows of a global batch are cut into one model's micro-batches; int64 arrays `[G]`.
+class BatchSplit:
+    """How the rows of a global batch are split into one model's micro-batches; int64 arrays `[G]`.
 
     Attributes:
         data: the data-parallel rank that computes a row.
@@ -106,7 +106,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Places:
+class TokenOwners:
     """Which ranks of a model's last pipeline stage hold E response positions; int64 arrays `[E]`.
 
     Attributes:
@@ -123,20 +123,20 @@ class Places:
     key: Ints
 
     @classmethod
-    def of(cls, layout: Layout, cut: Cut, rows: Ints, positions: Ints) -> Places:
-        """Places of position `positions[e]` of row `rows[e]`."""
-        width = cut.width[rows]
+    def of(cls, layout: Layout, split: BatchSplit, rows: Ints, positions: Ints) -> TokenOwners:
+        """The owners of position `positions[e]` of row `rows[e]`."""
+        width = split.width[rows]
         context, local = _zig_zag(positions, width, layout.context)
         width = width // layout.context
         shard = local // (width // layout.token_shards)
-        data, micro_batch = cut.data[rows], cut.micro_batch[rows]
+        data, micro_batch = split.data[rows], split.micro_batch[rows]
         key = np.zeros_like(rows)
-        for part in (data, context, shard, micro_batch, cut.slot[rows], local):
+        for part in (data, context, shard, micro_batch, split.slot[rows], local):
             key = key * (part.max(initial=0) + 1) + part
         return cls(data, context, shard, micro_batch, key)
 
-    def take(self, index: Ints) -> Places:
-        return Places(*(values[index] for values in vars(self).values()))
+    def take(self, index: Ints) -> TokenOwners:
+        return TokenOwners(*(values[index] for values in vars(self).values()))
 
 
 def _zig_zag(positions: Ints, width: Ints, context: int) -> tuple[Ints, Ints]:

@@ -26,10 +26,10 @@ class SampleSampler(MegatronDataSampler):
     """Megatron's sampler, which hands out `micro_batch_size` samples at a time, for a schedule of its own number of
     micro-batches: how many a global batch is cut into is known once its responses are."""
 
-    num_cut: int  # micro-batches of the step that begins, equal on all ranks; the strategy sets it
+    num_micro_batches: int  # micro-batches of the step that begins, equal on all ranks; the strategy sets it
 
     def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
-        return replace(super().on_megatron_step_start(step), num_microbatches=self.num_cut)
+        return replace(super().on_megatron_step_start(step), num_microbatches=self.num_micro_batches)
 
 
 class SampleModule(pl.LightningDataModule):

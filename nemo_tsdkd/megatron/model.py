@@ -204,7 +204,7 @@ class TSDKDModel(llm.GPTModel):
             with_tokens=not self.train_config.one_layout, dp_group=dp_group, device=device
         )
         micro_batches = batch.micro_batches(
-            self.teacher.student_cut(batch), dp_group.rank(), pad_id=self.vocabulary.pad_id, device=device
+            self.teacher.student_split(batch), dp_group.rank(), pad_id=self.vocabulary.pad_id, device=device
         )
         return micro_batches, self.teacher.forward(batch)
 

@@ -108,7 +108,7 @@ class TSDKDStrategy(nl.MegatronStrategy):
         with self._timed("teacher_s"):
             batches = model.teacher_pass(samples, responses)
         self.step_metrics["teacher_bytes_sent"] = model.teacher.bytes_sent
-        self.data_sampler.num_cut = len(batches)
+        self.data_sampler.num_micro_batches = len(batches)
         model.sees = samples_due(model.train_config, step + 1)
         with self._timed("student_s"):
             reports = super().training_step(iter(batches), *args, **kwargs)

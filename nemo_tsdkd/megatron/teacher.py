@@ -3,7 +3,8 @@
 It keeps final hidden states of response positions (10 KB a token at 14B), not logits (304 KB); the loss multiplies them
 by the teacher's head in the student's vocabulary shards. So the teacher is no part of the student's pipeline. It runs
 on the student's ranks, in the student's layout or its own (`teacher.parallel`), or on its own nodes
-(`teacher.nodes`). Rows of the global batch are sent to it, hidden states are sent back (`distributed/handover.py`).
+(`teacher.nodes`). Rows of the global batch are sent to it, hidden states are sent back
+(`distributed/hidden_exchange.py`).
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from nemo_tsdkd.checks.precision import pad_to_multiple, teacher_pad_to_multiple
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.data.batch import MicroBatch
 from nemo_tsdkd.data.global_batch import GlobalBatch, slices_of
-from nemo_tsdkd.distributed.handover import Handover, share_size
+from nemo_tsdkd.distributed.hidden_exchange import HiddenExchange, share_size
 from nemo_tsdkd.distributed.job import Job
-from nemo_tsdkd.distributed.layout import Cut, hidden_state_shards, student_layout, teacher_layout
+from nemo_tsdkd.distributed.layout import BatchSplit, hidden_state_shards, student_layout, teacher_layout
 from nemo_tsdkd.distributed.vocab_parallel import all_gather
 from nemo_tsdkd.megatron.checkpoints.load import load_head
 from nemo_tsdkd.megatron.gpt import sequence_shard
@@ -105,10 +106,10 @@ class Teacher:
             self._send_batch(_STEP, batch)
         return self._step(batch)
 
-    def student_cut(self, batch: GlobalBatch) -> Cut:
+    def student_split(self, batch: GlobalBatch) -> BatchSplit:
         """How the student's ranks cut `batch` into micro-batches."""
         config = self.train_config
-        return batch.student_cut(
+        return batch.student_split(
             self.student.data,
             config.micro_batch_size,
             pad_to_multiple(config, torch.cuda.is_available()),
@@ -154,17 +155,17 @@ class Teacher:
         return functional.linear(hidden, self.head_weight)
 
     def _step(self, batch: GlobalBatch) -> list[Tensor]:
-        config, student_cut = self.train_config, self.student_cut(batch)
+        config, student_split = self.train_config, self.student_split(batch)
         if config.one_layout:
-            cut = slices_of(student_cut, config.teacher.micro_batch_size)
+            split = slices_of(student_split, config.teacher.micro_batch_size)
         else:
             multiple = teacher_pad_to_multiple(config, torch.cuda.is_available())
-            cut = batch.balanced_cut(self.layout.data, config.teacher.micro_batch_size, multiple)
-        plan = Handover.plan(
+            split = batch.balanced_split(self.layout.data, config.teacher.micro_batch_size, multiple)
+        plan = HiddenExchange.plan(
             batch.starts,
             batch.response,
-            (self.layout, cut),
-            (self.student, student_cut),
+            (self.layout, split),
+            (self.student, student_split),
             self.job.rank,
             self.job.world_size,
         )
@@ -176,7 +177,7 @@ class Teacher:
             data_rank = (self.job.rank - self.layout.first_rank) // (self.layout.tensor * self.layout.context)
             held = self._pass.forward(
                 batch.micro_batches(
-                    cut, data_rank % self.layout.data, pad_id=self.pad_id, device=torch.cuda.current_device()
+                    split, data_rank % self.layout.data, pad_id=self.pad_id, device=torch.cuda.current_device()
                 ),
                 plan.rows_held,
             )

@@ -64,7 +64,7 @@ def look_at_a_pass(config: TrainConfig) -> dict:
     from megatron.core import num_microbatches_calculator, parallel_state
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    from nemo_tsdkd.distributed.handover import Handover
+    from nemo_tsdkd.distributed.hidden_exchange import HiddenExchange
     from nemo_tsdkd.megatron.teacher import Teacher
     from nemo_tsdkd.megatron.train import train
 
@@ -81,7 +81,7 @@ def look_at_a_pass(config: TrainConfig) -> dict:
             "micro-batches": vars(num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR).copy(),
         }
 
-    forward, exchange = Teacher.forward, Handover.exchange
+    forward, exchange = Teacher.forward, HiddenExchange.exchange
 
     def watched_forward(self, batch):
         before = student_state()
@@ -113,7 +113,7 @@ def look_at_a_pass(config: TrainConfig) -> dict:
     def counted_exchange(self, micro_batch, buffer, group):
         return exchange(self, micro_batch, buffer, Counted())
 
-    Teacher.forward, Handover.exchange = watched_forward, counted_exchange
+    Teacher.forward, HiddenExchange.exchange = watched_forward, counted_exchange
     train(config)
     return seen | {"counted": sum(counted)}
 

@@ -293,8 +293,8 @@ budgets = st.sampled_from([0, 18, 40])  # tokens of a micro-batch; 0: cut by row
 def micro_batches(rows, micro_batch_size=1, multiple=1, data_parallel_size=1, tokens=0):
     """The micro-batches of each data-parallel rank."""
     batch = GlobalBatch.of(*zip(*rows, strict=True))
-    cut = batch.student_cut(data_parallel_size, micro_batch_size, multiple, micro_batch_tokens=tokens)
-    return [batch.micro_batches(cut, rank, pad_id=0, device="cpu") for rank in range(data_parallel_size)]
+    split = batch.student_split(data_parallel_size, micro_batch_size, multiple, micro_batch_tokens=tokens)
+    return [batch.micro_batches(split, rank, pad_id=0, device="cpu") for rank in range(data_parallel_size)]
 
 
 def require_padded(batch, rows, multiple):

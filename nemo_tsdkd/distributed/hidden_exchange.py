@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_tsdkd.distributed.layout import Cut, Ints, Layout, Places, index_in_group
+from nemo_tsdkd.distributed.layout import BatchSplit, Ints, Layout, TokenOwners, index_in_group
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class Handover:
+class HiddenExchange:
     """One rank's part of one step's exchange.
 
     Attributes:
@@ -51,24 +51,24 @@ class Handover:
         cls,
         starts: Ints,
         lengths: Ints,
-        teacher: tuple[Layout, Cut],
-        student: tuple[Layout, Cut],
+        teacher: tuple[Layout, BatchSplit],
+        student: tuple[Layout, BatchSplit],
         rank: int,
         world_size: int,
-    ) -> Handover:
+    ) -> HiddenExchange:
         """Compute what each rank sends to which rank.
 
         Args:
             starts, lengths: first response position and number of response positions of each row, `[G]`.
-            teacher, student: each model's layout and cut of the same rows.
+            teacher, student: each model's layout and split of the same rows.
             rank, world_size: this rank's number and the ranks of the job, teacher's and student's.
         """
         rows = np.repeat(np.arange(len(lengths)), lengths)
         positions = starts[rows] + index_in_group(rows)
-        needed = Places.of(*student, rows, positions)
+        needed = TokenOwners.of(*student, rows, positions)
         order = np.argsort(needed.key, kind="stable")  # entries from here on: in the order of the student's shares
         needed = needed.take(order)
-        held = Places.of(*teacher, rows[order], positions[order])
+        held = TokenOwners.of(*teacher, rows[order], positions[order])
 
         layout = student[0]
         tensor = needed.shard
@@ -123,7 +123,7 @@ def share_size(count: Ints, ranks: int) -> Ints:
     return np.maximum(1, (count + ranks - 1) // ranks)
 
 
-def _held_by(rank: int, layout: Layout, held: Places) -> int:
+def _held_by(rank: int, layout: Layout, held: TokenOwners) -> int:
     here = layout.on_last_stage(rank)
     if here is None:
         return 0

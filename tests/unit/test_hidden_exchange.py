@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_tsdkd.data.global_batch import GlobalBatch, slices_of
-from nemo_tsdkd.distributed.handover import Handover, share_size
+from nemo_tsdkd.distributed.hidden_exchange import HiddenExchange, share_size
 from nemo_tsdkd.distributed.layout import Layout
 
 PAIRS = {  # (teacher, student)
@@ -33,7 +33,7 @@ def batch_of(rows: int, seed: int, *, empty: bool) -> GlobalBatch:
     return GlobalBatch(np.stack([random.permutation(rows), prompt, response], 1), torch.empty(0, 0))
 
 
-def shards(batch: GlobalBatch, layout: Layout, cut, rank: int, *, sequence_parallel: bool) -> list[torch.Tensor]:
+def shards(batch: GlobalBatch, layout: Layout, split, rank: int, *, sequence_parallel: bool) -> list[torch.Tensor]:
     """What a rank of the last stage holds of each of its micro-batches: numbers that name (row, position), from whole
     padded rows that are cut over context- and tensor-parallel ranks."""
     place = layout.on_last_stage(rank)
@@ -41,10 +41,10 @@ def shards(batch: GlobalBatch, layout: Layout, cut, rank: int, *, sequence_paral
         return []
     tensor, context, data = place
     held = []
-    for m in sorted(set(cut.micro_batch[cut.data == data])):
-        rows = np.flatnonzero((cut.data == data) & (cut.micro_batch == m))
-        rows = rows[np.argsort(cut.slot[rows])]
-        width = cut.width[rows[0]]
+    for m in sorted(set(split.micro_batch[split.data == data])):
+        rows = np.flatnonzero((split.data == data) & (split.micro_batch == m))
+        rows = rows[np.argsort(split.slot[rows])]
+        width = split.width[rows[0]]
         names = torch.from_numpy(rows)[:, None] * 1000 + torch.arange(width)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
         for b, row in enumerate(rows):
@@ -60,7 +60,7 @@ def shards(batch: GlobalBatch, layout: Layout, cut, rank: int, *, sequence_paral
     return held
 
 
-def play(plans: list[Handover], buffers: list[torch.Tensor], micro_batch: int) -> list[torch.Tensor]:
+def play(plans: list[HiddenExchange], buffers: list[torch.Tensor], micro_batch: int) -> list[torch.Tensor]:
     """The exchange of all ranks: blocks go from each rank's list of sends to the others' lists of receives."""
     transfers = [plan.transfers[micro_batch] for plan in plans]
     blocks = [b[t.send].split(t.send_counts) for b, t in zip(buffers, transfers, strict=True)]
@@ -82,25 +82,27 @@ def test_every_position_arrives_where_the_student_needs_it(name, empty, tokens):
     rows, micro_batch_size, teacher_rows = 16, 2, 2 if name.startswith("same") else 3
     batch = batch_of(rows, seed=len(name), empty=empty)
     multiple = 2 * student.sequence_shards * max(1, student.context)
-    student_cut = batch.student_cut(student.data, micro_batch_size, multiple, micro_batch_tokens=tokens)
+    student_split = batch.student_split(student.data, micro_batch_size, multiple, micro_batch_tokens=tokens)
     same = name.startswith("same")
-    teacher_cut = (
-        slices_of(student_cut, 1)
+    teacher_split = (
+        slices_of(student_split, 1)
         if same
-        else batch.balanced_cut(teacher.data, teacher_rows, 2 * teacher.sequence_shards * max(1, teacher.context))
+        else batch.balanced_split(teacher.data, teacher_rows, 2 * teacher.sequence_shards * max(1, teacher.context))
     )
     world = max(teacher.ranks.stop, student.ranks.stop)
     plans = [
-        Handover.plan(batch.starts, batch.response, (teacher, teacher_cut), (student, student_cut), rank, world)
+        HiddenExchange.plan(
+            batch.starts, batch.response, (teacher, teacher_split), (student, student_split), rank, world
+        )
         for rank in range(world)
     ]
     buffers = []
     for rank in range(world):
-        parts = shards(batch, teacher, teacher_cut, rank, sequence_parallel=teacher.sequence_parallel)
+        parts = shards(batch, teacher, teacher_split, rank, sequence_parallel=teacher.sequence_parallel)
         buffers.append(torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64))
         assert len(buffers[-1]) == plans[rank].rows_held
     wire = 0
-    count = rows // student.data // micro_batch_size if not tokens else 1 + max(student_cut.micro_batch)
+    count = rows // student.data // micro_batch_size if not tokens else 1 + max(student_split.micro_batch)
     assert {len(plan.transfers) for plan in plans} == {count}
     for m in range(count):
         shares = play(plans, buffers, m)
@@ -111,7 +113,7 @@ def test_every_position_arrives_where_the_student_needs_it(name, empty, tokens):
             if place is None:
                 assert len(shares[rank]) == 0
                 continue
-            wanted = shards(batch, student, student_cut, rank, sequence_parallel=student.sequence_parallel)[m]
+            wanted = shards(batch, student, student_split, rank, sequence_parallel=student.sequence_parallel)[m]
             if not student.sequence_parallel:
                 size = int(share_size(np.asarray(len(wanted)), student.tensor))
                 wanted = wanted[place[0] * size : (place[0] + 1) * size]
@@ -124,12 +126,12 @@ def test_every_position_arrives_where_the_student_needs_it(name, empty, tokens):
 
 def test_rows_are_dealt_out_by_length():
     batch = batch_of(64, seed=1, empty=False)
-    cut = batch.balanced_cut(4, 3, 1)
+    split = batch.balanced_split(4, 3, 1)
     length = batch.prompt + batch.response
-    loads = [int(length[cut.data == rank].sum()) for rank in range(4)]
+    loads = [int(length[split.data == rank].sum()) for rank in range(4)]
     assert max(loads) - min(loads) <= length.max() and sum(loads) == length.sum()
     for rank in range(4):
-        mine = np.flatnonzero(cut.data == rank)
-        order = mine[np.lexsort((cut.slot[mine], cut.micro_batch[mine]))]
+        mine = np.flatnonzero(split.data == rank)
+        order = mine[np.lexsort((split.slot[mine], split.micro_batch[mine]))]
         assert (np.diff(length[order]) <= 0).all()
-        assert all(cut.width[row] >= length[row] for row in mine)
+        assert all(split.width[row] >= length[row] for row in mine)
