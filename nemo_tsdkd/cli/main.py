@@ -128,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below; each has its --help")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
     args = parser.parse_args(argv)
-    if args.verbose:
+    if args.verbose or "--verbose" in args.arguments:  # behind the command too
+        args.arguments = [argument for argument in args.arguments if argument != "--verbose"]
         output.leave_library_output()
     # One rank of each node prints: a bad configuration is the same on all, but a file may be missing on one node only.
     prints = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"

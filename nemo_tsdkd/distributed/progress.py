@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from nemo_tsdkd.distributed.output import terminal
 
-LINE_EVERY = 30.0  # seconds
+LINE_EVERY = 60.0  # seconds
 
 
 class ProgressDisplay:
@@ -46,6 +46,12 @@ class ProgressDisplay:
         if not self.console.is_terminal and (now >= self.line_at or done == self.total):
             self.line_at = now + LINE_EVERY
             self.console.print(f"{self.what} {done}/{self.total}  {said}", highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> ProgressDisplay:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self.bar.stop()

@@ -13,7 +13,7 @@ from nemo_tsdkd.reporting.rows import read_samples
 
 
 @pytest.mark.timeout(900)  # five imports of NeMo
-def test_the_flow_from_hugging_face_to_hugging_face(tmp_path, monkeypatch):
+def test_the_flow_from_hugging_face_to_hugging_face(tmp_path, monkeypatch, capfd):
     recipes = {name: replace(recipe, hidden_size=32, steps=1) for name, recipe in pretrain.RECIPES.items()}
     monkeypatch.setattr(pretrain, "PROBLEMS", 64)
     monkeypatch.setattr(run, "pretrained", lambda cache: pretrain.pretrained(cache, recipes))
@@ -31,6 +31,8 @@ def test_the_flow_from_hugging_face_to_hugging_face(tmp_path, monkeypatch):
     two_processes = ["parallel.pipeline_model_parallel_size=1", "parallel.gpus_per_node=2"]  # stack/ has the layouts
     small = ["max_steps=2", *batches, *two_processes, "optim.warmup_steps=0"]
     run.main(["--runs", str(tmp_path), "--problems", "4", *small])
+    shown = "".join(capfd.readouterr()).splitlines()
+    assert 12 <= len(shown) < 35, shown  # and in a longer run one line of progress a minute
     assert not (tmp_path / "demo" / "left over").exists()
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert (summary["steps"], summary["problems"]) == (2, 4)

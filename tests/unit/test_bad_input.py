@@ -531,11 +531,14 @@ def test_what_the_machine_refuses_has_another_status(error, place, monkeypatch, 
     assert "Traceback" in log.read_text() and "from a library" in log.read_text()
 
 
-def test_verbose_leaves_what_libraries_print_on_the_console(place, monkeypatch, capfd):
+@pytest.mark.parametrize("behind", [False, True])
+def test_verbose_leaves_what_libraries_print_on_the_console(place, monkeypatch, capfd, behind):
     stand_in = types.SimpleNamespace(train=lambda config: os.write(1, b"from a library\n") and None)
     monkeypatch.setitem(sys.modules, "nemo_tsdkd.megatron", types.SimpleNamespace(train=stand_in))
     monkeypatch.setitem(sys.modules, "nemo_tsdkd.megatron.train", stand_in)
     monkeypatch.setattr(output, "_to_console", False)  # so that monkeypatch takes back what --verbose sets
-    nemo_tsdkd.cli.main.main(["--verbose", "train", *place.arguments()])
+    nemo_tsdkd.cli.main.main(
+        ["train", "--verbose", *place.arguments()] if behind else ["--verbose", "train", *place.arguments()]
+    )
     assert "from a library" in capfd.readouterr().out
     assert not (place.root / "run" / "logs").exists()

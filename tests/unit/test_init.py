@@ -58,6 +58,14 @@ def test_what_it_writes_is_valid_and_reaches_the_job(arguments, models, tmp_path
     assert "distil.yaml is there already" in capsys.readouterr().err
 
 
+def test_it_asks_on_a_terminal_for_what_is_missing(arguments, models, tmp_path, monkeypatch):
+    at = arguments.index("--data")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", {"data: ": f" {models / 'd.jsonl'} "}.__getitem__)
+    main(arguments[:at] + arguments[at + 2 :])
+    assert compose_config("distil", config_dir=tmp_path / "a run").data.path == str(models / "d.jsonl")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from nemo_tsdkd.distributed.progress import ProgressDisplay
 from nemo_tsdkd.megatron.checkpoints.load import frozen_model, gpt_config, resolve
 from nemo_tsdkd.megatron.rollout.generation import Decoder
 from nemo_tsdkd.rollout.schedule import Response
-
-logger = logging.getLogger(__name__)
 
 
 def load_for_decoding(config: llm.GPTConfig, checkpoint: Path, parallel: ParallelConfig) -> GPTModel:
@@ -73,25 +71,27 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
         groups = {"tp_group": tp_group, "pp_group": pp_group}
         with Decoder(model, rollout_config=config.rollout, vocabulary=vocabulary, **groups) as decoder:
             generate = partial(decoder.generate, seed=config.seed, step=0, max_length=config.data.seq_length)
-            own = missing[parallel_state.get_data_parallel_rank() :: copies]
-            display, done = None, 0
-            if dist.get_rank() == 0:  # its copy's share; the others' are as large
-                display = ProgressDisplay("prompt", sum(len(shards.rows_of(shard, len(prompts))) for shard in own))
-            for shard in own:
-                start = time.perf_counter()
-                rows = shards.rows_of(shard, len(prompts))
-                responses = generate([prompts[i].prompt_ids for i in rows], sample_ids=list(rows))
-                tokens = sum(len(response.token_ids) for response in responses)
-                if tp_group.rank() == pp_group.rank() == 0:
-                    shards.write(shard, _records(prompts, tokenizer, rows, responses))
-                    seconds = time.perf_counter() - start
-                    logger.debug("shard %d: %d responses, %.0f tokens/s", shard, len(responses), tokens / seconds)
-                done += len(rows)
-                if display:
-                    display.show(done, f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
-            if display:
-                display.close()
+            own = {
+                shard: shards.rows_of(shard, len(prompts))
+                for shard in missing[parallel_state.get_data_parallel_rank() :: copies]
+            }
+            done = 0
+            with _display(sum(map(len, own.values()))) as display:
+                for shard, rows in own.items():
+                    start = time.perf_counter()
+                    responses = generate([prompts[i].prompt_ids for i in rows], sample_ids=list(rows))
+                    if tp_group.rank() == pp_group.rank() == 0:
+                        shards.write(shard, _records(prompts, tokenizer, rows, responses))
+                    tokens = sum(len(response.token_ids) for response in responses)
+                    done += len(rows)
+                    if display:
+                        display.show(done, f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
         dist.barrier(all_ranks)  # a copy without shards left may wait hours for the others
+
+
+def _display(prompts: int) -> AbstractContextManager[ProgressDisplay | None]:
+    """On rank 0, how far its copy of the model is with its share; the other copies' shares are about as large."""
+    return ProgressDisplay("prompt", prompts) if dist.get_rank() == 0 else nullcontext()
 
 
 def _records(
