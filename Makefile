@@ -13,7 +13,7 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py constraints-cpu.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[demo,verify,evaluate,test,bench,compile]'
+	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[demo,verify,evaluate,test,bench,compile,wandb,mlflow]'
 	touch $@
 
 # The Slurm lab of tests/slurm and the browser of tests/browser are Debian packages; without root and them, the tests

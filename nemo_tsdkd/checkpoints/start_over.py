@@ -15,6 +15,7 @@ LAST_STEP = "last_step"  # of a run: the step of its newest checkpoint
 FINISHED = "FINISHED"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+LOGGED_RUNS = "loggers.json"  # which runs of W&B and MLflow this run is
 logger = logging.getLogger(__name__)
 
 
@@ -45,6 +46,7 @@ def begin_at_step_1(run_dir: Path, damaged: Mapping[Path, str], allowed: bool) -
         *saved,
         run_dir / METRICS,
         run_dir / SAMPLES,
+        run_dir / LOGGED_RUNS,
         *reversed(marks),
     ]:  # last_step comes last: if this is killed before, the next attempt checks again
         if path.exists():

@@ -5,6 +5,9 @@ Reads names and JSON only: no weights, no GPU.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from nemo_tsdkd.checkpoints.atomic import read_json
@@ -15,7 +18,7 @@ from nemo_tsdkd.checkpoints.shape import ModelShape
 from nemo_tsdkd.checks.precision import check_names, check_shapes
 from nemo_tsdkd.config.schema import ParallelConfig
 from nemo_tsdkd.config.train_config import TrainConfig
-from nemo_tsdkd.config.validation import UserError
+from nemo_tsdkd.config.validation import UserError, require
 from nemo_tsdkd.data.source import check_data
 from nemo_tsdkd.verifiers import require_verifier
 
@@ -61,6 +64,29 @@ def check_fields(config: TrainConfig, batch: bool = True) -> None:
     check_registered(config.objective)
     if config.validation.path is not None:
         require_verifier("validation.verifier", config.validation.verifier)
+    _check_loggers(config.loggers)
+
+
+def _check_loggers(names: Sequence[str]) -> None:
+    """Raise UserError where a logger's package is not installed, or W&B has nobody to log in as."""
+    for name in names:
+        require(
+            find_spec(name) is not None,
+            "loggers",
+            list(names),
+            f"the package of {name} is not installed",
+            f"pip install 'nemo-tsdkd[{name}]', or take it from the list.",
+        )
+    if "wandb" in names and os.environ.get("WANDB_MODE", "online") in ("online", "run"):
+        import wandb
+
+        require(
+            bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False, verify=False),
+            "loggers",
+            list(names),
+            "wandb finds no API key",
+            "Set WANDB_API_KEY, run `wandb login`, or set WANDB_MODE=offline and send the run later by `wandb sync`.",
+        )
 
 
 def check_ranks(config: TrainConfig, started: int) -> None:

@@ -27,6 +27,8 @@ from nemo_tsdkd.config.schema import (
 )
 from nemo_tsdkd.config.watch import SamplesConfig, ValidationConfig
 
+LOGGERS = ("tensorboard", "wandb", "mlflow")
+
 
 @dataclass
 class TrainConfig:
@@ -41,6 +43,7 @@ class TrainConfig:
     micro_batch_tokens: int = 0
     seed: int = 1234
     progress_bar: bool = True
+    loggers: list[str] = field(default_factory=lambda: ["tensorboard"])  # of tensorboard, wandb, mlflow; []: none
     student: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -100,6 +103,13 @@ class TrainConfig:
             _check_leaf(name, value)
         validation.positive(self, "", "max_steps", "global_batch_size", "micro_batch_size")
         validation.not_negative(self, "", "seed", "micro_batch_tokens")
+        validation.require(
+            set(self.loggers) <= set(LOGGERS) and len(set(self.loggers)) == len(self.loggers),
+            "loggers",
+            self.loggers,
+            f"must be a list of {', '.join(LOGGERS)}, each at most once",
+            "Choose among these.",
+        )
         for part in (
             *(self.teacher, self.objective, self.data, self.rollout, self.parallel, self.optim, self.checkpoint),
             *(self.validation, self.samples),

@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from types import FrameType
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from nemo_tsdkd.checkpoints.manifest import step_folder
 from nemo_tsdkd.checkpoints.run_lock import Claim
 from nemo_tsdkd.config.schema import CheckpointConfig
+from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.distributed.groups import from_rank_zero
 from nemo_tsdkd.distributed.signals import Stopped, handle_stop_signals
@@ -27,7 +29,9 @@ from nemo_tsdkd.megatron.checkpoints.save import (
     restore_random_state,
     start_results_process,
 )
+from nemo_tsdkd.megatron.loggers import open_logger
 from nemo_tsdkd.megatron.validation import Validate
+from nemo_tsdkd.reporting.loggers import RunLoggers
 from nemo_tsdkd.reporting.metrics import MetricsLogger, refresh_plots
 from nemo_tsdkd.reporting.report import refresh_report
 
@@ -61,16 +65,26 @@ class ReportMetrics(pl.Callback):
     NeMo copies a callback's arguments, so the open files come with the first step, not with the constructor.
     """
 
-    def __init__(self, run_dir: Path, progress_bar: bool) -> None:
-        self.run_dir = run_dir
-        self.progress_bar = progress_bar
-        self._metrics_logger: MetricsLogger | None = None  # on rank 0 only
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.run_dir = Path(config.run_dir)
+        self._metrics_logger: MetricsLogger | None = None  # both on rank 0 only
+        self._loggers: RunLoggers | None = None
         self._started = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, model: Any) -> None:
+        step = trainer.global_step  # 0, or what the loaded checkpoint holds
+        from_rank_zero(lambda: self._open_loggers(step))
         if trainer.is_global_zero:
-            step = trainer.global_step  # 0, or what the loaded checkpoint holds
-            self._metrics_logger = MetricsLogger(self.run_dir, trainer.max_steps, self.progress_bar, resume_step=step)
+            progress = self.config.progress_bar
+            self._metrics_logger = MetricsLogger(self.run_dir, trainer.max_steps, progress, step, self._loggers)
+
+    def _open_loggers(self, step: int) -> None:
+        self._loggers = RunLoggers(self.run_dir, self.config.loggers, partial(open_logger, self.config, step))
+
+    def on_exception(self, trainer: pl.Trainer, model: Any, exception: BaseException) -> None:
+        if self._loggers:
+            self._loggers.close("failed")
 
     def on_train_batch_start(self, trainer: pl.Trainer, model: Any, batch: Any, batch_idx: int) -> None:
         validation = trainer.strategy.validation_metrics

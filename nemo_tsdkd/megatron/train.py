@@ -17,7 +17,7 @@ from nemo.collections import llm
 from nemo.collections.llm.gpt.model.base import HAVE_TE  # the same switch picks NeMo's layer spec
 from transformers import PreTrainedTokenizerBase
 
-from nemo_tsdkd.checkpoints.atomic import detect_full_disk
+from nemo_tsdkd.checkpoints.atomic import detect_full_disk, write_json
 from nemo_tsdkd.checkpoints.best import ended_early
 from nemo_tsdkd.checkpoints.manifest import step_of
 from nemo_tsdkd.checkpoints.retention import set_aside, was_saved
@@ -42,7 +42,7 @@ from nemo_tsdkd.megatron.samples import WriteSamples
 from nemo_tsdkd.megatron.strategy import TSDKDStrategy
 from nemo_tsdkd.megatron.teacher import Teacher
 from nemo_tsdkd.megatron.validation import HeldOut, Validate
-from nemo_tsdkd.reporting.metrics import MetricsLogger
+from nemo_tsdkd.reporting.metrics import SUMMARY, refresh_plots
 from nemo_tsdkd.reporting.provenance import changed_settings, save_provenance
 from nemo_tsdkd.reporting.report import refresh_report
 
@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> Stopped | None:
             if checkpoint is None:
                 from_rank_zero(lambda: begin_at_step_1(run_dir, damaged, config.checkpoint.start_over))
             elif step_of(checkpoint) >= config.max_steps or ended_early(checkpoint, config.validation.patience):
-                _write_final_files(run_dir, config.max_steps, step_of(checkpoint))
+                _write_final_files(run_dir, step_of(checkpoint))
                 job.agree_to_train(False)
                 return None
             vocabulary, tokenizer = load_vocabulary(config)
@@ -88,7 +88,7 @@ def train(config: TrainConfig) -> Stopped | None:
                 RequireLock(claim),
                 *filter(None, [validate]),
                 WriteSamples(run_dir, config.student.path),
-                ReportMetrics(run_dir, config.progress_bar),
+                ReportMetrics(config),
                 save_and_stop,
             ]
             with detect_full_disk(run_dir):
@@ -141,13 +141,13 @@ def _begin_attempt(
     return record
 
 
-def _write_final_files(run_dir: Path, max_steps: int, step: int) -> None:
+def _write_final_files(run_dir: Path, step: int) -> None:
     """Write the final files of a run: an attempt may have been killed between its last checkpoint and them."""
     if dist.get_rank() == 0:
         ways = "A larger max_steps continues it; another run_dir begins a new run."
         logger.info("%s: this run finished at step %d. %s", run_dir, step, ways)
-        metrics_logger = MetricsLogger(run_dir, max_steps, progress=False, resume_step=step)
-        metrics_logger.close({"steps": step, "finished": True})
+        write_json(run_dir / SUMMARY, {"steps": step, "finished": True})
+        refresh_plots(run_dir)
         refresh_report(run_dir)
         mark_finished(run_dir)
 

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, a progress bar, plots and a summary."""
+"""Metrics of a run: metrics.jsonl, a progress bar, plots and a summary."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from torch.utils.tensorboard import SummaryWriter
 
 from nemo_tsdkd.checkpoints.atomic import write_json
 from nemo_tsdkd.checkpoints.start_over import METRICS
 from nemo_tsdkd.distributed.progress import ProgressDisplay
 from nemo_tsdkd.objective import ALWAYS_REPORTED
+from nemo_tsdkd.reporting.loggers import RunLoggers
 from nemo_tsdkd.reporting.rows import drop_steps, read_metrics
 from nemo_tsdkd.reporting.run_files import record_start
 
@@ -25,6 +25,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 logger = logging.getLogger(__name__)
+SUMMARY = "summary.json"  # of a run: its last step, and whether that was its end
 # figure -> (unit of its y axis, metrics drawn into it)
 PLOTS = {
     "loss": ("nats", ("loss", "direct_weighted", "indirect_weighted", "entropy_weighted")),
@@ -46,14 +47,21 @@ REQUIRED = (
 
 
 class MetricsLogger:
-    """Writes one run's metrics to metrics.jsonl, TensorBoard and the terminal; at the end, plots. On rank 0 only.
+    """Writes one run's metrics to metrics.jsonl, the terminal and the run's loggers; at the end, plots. On rank 0 only.
 
     `resume_step` is the last step that the loaded checkpoint holds (0 for a new run): metrics of later
     steps are dropped, at 0 all, so that the file of a resumed run equals that of an uninterrupted one. A step has one
     row; that of step 0 is a validation before training.
     """
 
-    def __init__(self, run_dir: str | Path, total_steps: int, progress: bool = True, resume_step: int = 0) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        total_steps: int,
+        progress: bool = True,
+        resume_step: int = 0,
+        loggers: RunLoggers | None = None,
+    ) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.path = self.run_dir / METRICS
@@ -61,7 +69,7 @@ class MetricsLogger:
         first = resume_step + 1 if resume_step else 0
         drop_steps(self.path, first)
         self._file = self.path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=first)
+        self._loggers = loggers
         self._display = ProgressDisplay("step", total_steps, resume_step) if progress else None
         self._said_last = ""  # of a validation, shown until the next one
 
@@ -95,16 +103,17 @@ class MetricsLogger:
         self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        for key, value in values.items():
-            self._tensorboard.add_scalar(key, value, step)
+        if self._loggers:
+            self._loggers.log(step, values)
 
     def close(self, summary: dict[str, Any]) -> None:
         """End the run: write summary.json and one PNG for each entry of PLOTS."""
         self._file.close()
-        self._tensorboard.close()
+        if self._loggers:
+            self._loggers.close("finished" if summary.get("finished") else "stopped")
         if self._display:
             self._display.close()
-        write_json(self.run_dir / "summary.json", summary)
+        write_json(self.run_dir / SUMMARY, summary)
         draw_plots(self.run_dir)
 
 

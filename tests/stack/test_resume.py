@@ -7,13 +7,17 @@ import random
 import subprocess
 from pathlib import Path
 
+import logged_runs
 import pytest
 import ranks
 import tiny_run
 import torch
-from interruptions import same, saved_weights, saving, steps_done, train
+from interruptions import CANARY, same, saved_weights, saving, steps_done, train
 
 from nemo_tsdkd.checkpoints.manifest import find_damage, newest_complete, step_folder
+from nemo_tsdkd.reporting.charts import figures
+from nemo_tsdkd.reporting.rows import read_metrics
+from nemo_tsdkd.reporting.run_files import read_runs
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 LAYOUTS = {"dp2": (2, {}), "tp2_pp2": (4, {TP: 2, PP: 2})}
@@ -25,7 +29,7 @@ def configure(root):
         """Ten steps, half of them on-policy, saved after 4, 8 and 10."""
         world_size, parallel = LAYOUTS[layout]
         config = tiny_run.config(root, run_dir, world_size, lmbda=lmbda, **parallel)
-        config.max_steps, config.checkpoint.every_n_steps = 10, 4
+        config.max_steps, config.checkpoint.every_n_steps, config.samples.every_n_steps = 10, 4, 3
         return config
 
     return configure
@@ -47,13 +51,42 @@ def uninterrupted(configure, tmp_path_factory):
 @pytest.mark.parametrize(("layout", "kills"), [("tp2_pp2", {5: 4}), ("dp2", {5: 4, 9: 8})], ids=["once", "twice"])
 def test_killed_and_resumed_it_is_one_run_bit_for_bit(layout, kills, configure, uninterrupted, tmp_path):
     config = configure(tmp_path, layout)
+    config.loggers = ["tensorboard", "wandb", "mlflow"]
     for killed_after, saved in kills.items():
         assert train(config, kill_when=steps_done(config, killed_after)) is None
         assert newest_complete(tmp_path) == step_folder(tmp_path, saved)
     assert same(train(config), uninterrupted(layout))
     assert {len(samples) for samples in uninterrupted(layout).samples.values()} == {config.global_batch_size}
+    _one_run_in_every_logger(config, attempts=len(kills) + 1)
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step_10", "step_8"] and all(find_damage(step_folder(tmp_path, n)) is None for n in (8, 10))
+
+
+def _one_run_in_every_logger(config, attempts):
+    """All steps once, in order, in one run, with samples and configuration, and nothing of the environment."""
+    run_dir, steps = Path(config.run_dir), list(range(1, config.max_steps + 1))
+    assert logged_runs.tensorboard_steps(run_dir, "loss") == steps
+    tracked, logged, table = logged_runs.mlflow_run(run_dir)
+    assert {tuple(logged[name]) for name in ("loss", "grad_norm", "tokens_per_s")} == {tuple(steps)}
+    assert tracked.info.status == "FINISHED" and tracked.data.params["optim/lr"] == str(config.optim.lr)
+    assert len(list(Path(tracked.info.artifact_uri.removeprefix("file://"), "attempts").iterdir())) == attempts
+    folders = logged_runs.wandb_attempts(run_dir)
+    assert len(folders) == attempts and len({folder["run_id"] for folder in folders}) == 1
+    in_wandb = [step for folder in folders for step in folder["rows"]]
+    assert in_wandb == steps
+    assert [row["loss"] for f in folders for row in f["rows"].values()] == [
+        row["loss"] for row in read_metrics(run_dir / "metrics.jsonl")
+    ]
+    assert folders[-1]["config"]["optim"]["lr"] == config.optim.lr
+    sampled = {step for folder in folders for step, row in folder["rows"].items() if "samples" in row}
+    assert sampled == {row["step"] for row in table} == {3, 6, 9}
+    assert [row["step"] for row in table] == [3] * config.samples.count + [6] * config.samples.count + [
+        9
+    ] * config.samples.count
+    found = subprocess.run(["grep", "-rl", CANARY, run_dir], capture_output=True, text=True).stdout
+    assert found == ""
+    (chart,) = [figure for name, _, figure in figures(read_runs([run_dir])) if name == "loss"]
+    assert chart.data[0].x.tolist() == steps and (run_dir / "report.html").stat().st_size > 4_000_000
 
 
 def test_a_run_resumes_in_another_layout(configure, uninterrupted, tmp_path):
