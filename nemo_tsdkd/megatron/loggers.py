@@ -22,6 +22,7 @@ from nemo_tsdkd.reporting.loggers import SAMPLE_COLUMNS, OpenLogger
 from nemo_tsdkd.reporting.provenance import ATTEMPTS
 
 PROJECT = "nemo-tsdkd"
+SAMPLES_TABLE = "samples.json"  # MLflow's artifact
 
 
 def open_logger(config: TrainConfig, resume_step: int, name: str, run_id: str | None) -> OpenLogger:
@@ -86,7 +87,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    purges = False
+    purges = True  # it tells what it has, so a killed process leaves neither a gap nor a step logged twice
 
     def __init__(self, run_dir: Path, config: TrainConfig, run_id: str | None) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -104,18 +105,33 @@ class MLflow:
             run_id=run_id,
         )
         self.client, self.run_id = self.logger.experiment, self.logger.run_id
+        self._last: dict[str, int] = {}  # the last step of each metric that an earlier attempt logged
+        self._last_samples = -1
         if run_id:
             self.client.update_run(run_id, status="RUNNING")
+            for key in self.client.get_run(run_id).data.metrics:
+                self._last[key] = max(metric.step for metric in self.client.get_metric_history(run_id, key))
+            self._last_samples = self._step_of_last_samples()
         else:  # its parameters are of the first attempt and cannot change
             self.logger.log_hyperparams(OmegaConf.to_container(_settings(config)) | {"versions": _versions(run_dir)})
         attempt = max((run_dir / ATTEMPTS).glob("*.yaml"), default=run_dir / "config.yaml")
         self.client.log_artifact(self.run_id, str(attempt), ATTEMPTS)
 
     def log(self, step: int, values: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
-        self.logger.log_metrics(dict(values), step)
-        if samples:
+        if new := {key: value for key, value in values.items() if step > self._last.get(key, -1)}:
+            self.logger.log_metrics(new, step)
+        if samples and step > self._last_samples:
             table = {name: [sample[name] for sample in samples] for name in SAMPLE_COLUMNS}
-            self.client.log_table(self.run_id, table, "samples.json")  # which it appends to
+            self.client.log_table(self.run_id, table, SAMPLES_TABLE)  # which it appends to
+
+    def _step_of_last_samples(self) -> int:
+        from mlflow.artifacts import load_dict
+
+        if SAMPLES_TABLE not in [artifact.path for artifact in self.client.list_artifacts(self.run_id)]:
+            return -1
+        uri = self.client.get_run(self.run_id).info.artifact_uri
+        table = load_dict(f"{uri}/{SAMPLES_TABLE}")
+        return max((row[table["columns"].index("step")] for row in table["data"]), default=-1)
 
     def close(self, status: str) -> None:
         self.logger.finalize({"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[status])

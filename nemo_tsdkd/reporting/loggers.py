@@ -38,9 +38,10 @@ class OpenLogger(Protocol):
 class RunLoggers:
     """The loggers of one run. On rank 0 only; make it before `MetricsLogger`, which cuts metrics.jsonl.
 
-    `loggers.json` keeps, for each logger, the id of its run and the last step that it may have. Weights & Biases and
-    MLflow take no step back: what a resumed run does again is not logged again, and it is the same by all that a
-    checkpoint holds.
+    `loggers.json` keeps, for each logger, the id of its run and the last step that it may have. Weights & Biases takes
+    no step back and cannot be asked while offline: what a resumed run does again is not logged again, and it is the
+    same by all that a checkpoint holds. Steps that its process had not written when the job was killed (by SIGKILL; a
+    stop signal waits for it) are missing there.
 
     Args:
         open_logger: opens one by its name; it gets the id of the run to go on with, None for a new one.

@@ -73,13 +73,13 @@ def _one_run_in_every_logger(config, attempts):
     folders = logged_runs.wandb_attempts(run_dir)
     assert len(folders) == attempts and len({folder["run_id"] for folder in folders}) == 1
     in_wandb = [step for folder in folders for step in folder["rows"]]
-    assert in_wandb == steps
-    assert [row["loss"] for f in folders for row in f["rows"].values()] == [
-        row["loss"] for row in read_metrics(run_dir / "metrics.jsonl")
-    ]
+    # What its own process had not written when the job was killed is missing; no step comes twice.
+    assert in_wandb == sorted(set(in_wandb)) and in_wandb[-1] == steps[-1]
+    losses = {row["step"]: row["loss"] for row in read_metrics(run_dir / "metrics.jsonl")}
+    assert all(row["loss"] == losses[step] for folder in folders for step, row in folder["rows"].items())
     assert folders[-1]["config"]["optim"]["lr"] == config.optim.lr
-    sampled = {step for folder in folders for step, row in folder["rows"].items() if "samples" in row}
-    assert sampled == {row["step"] for row in table} == {3, 6, 9}
+    sampled = {step for folder in folders for step, row in folder["rows"].items() if "samples._type" in row}
+    assert sampled == {3, 6, 9} & set(in_wandb) and {row["step"] for row in table} == {3, 6, 9}
     assert [row["step"] for row in table] == [3] * config.samples.count + [6] * config.samples.count + [
         9
     ] * config.samples.count
