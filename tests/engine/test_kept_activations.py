@@ -43,11 +43,13 @@ def held(checkpoint: Path, tp: int, recompute: str) -> dict[str, int]:
     for module in (model.decoder.layers[1], model.decoder.final_layernorm):  # the beginning and the end of a layer
         module.register_forward_pre_hook(lambda *_: marks.append(ledger.held))
     cache = KVCache(model, ROWS, LENGTH)
+    gc.disable()  # a collection between two marks would free what an earlier pass left in cycles
     with ledger:
         for tensor in (*model.parameters(), cache._memory, cache._rotations):
             tensor.detach()  # known from here on
         with torch.no_grad():
             model(tokens, places, None)  # makes the products' work space
+            gc.collect()
             before = ledger.reset()
             model(tokens, places, None)
             most["without gradient"] = ledger.peak - before

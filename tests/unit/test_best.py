@@ -109,9 +109,7 @@ def test_the_last_words_name_the_best_its_score_and_the_export(tmp_path):
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     save(run_dir, 4, scores)
     kept = run_dir / "checkpoints" / "step_4"
-    said = (
-        f"best checkpoint: {kept}: validation_accuracy 50.0% (40.0% to 60.0%); at the start validation_accuracy 20.0%"
-    )
+    said = f"best checkpoint: {kept}: validation_accuracy 50.0% (40.0% to 60.0%)"
     better = "better was step 2, validation_accuracy 60.0% (50.0% to 70.0%), whose checkpoint is not kept: "
     export = f"export it: nemo-tsdkd export --checkpoint '{run_dir}/best' --to hf --output '{run_dir}/student-hf'"
     assert last_words(run_dir) == [
