@@ -1,6 +1,7 @@
 """The memory arithmetic's figures of a layer are those of the tensors that Transformer Engine's layers hold."""
 
 import gc
+import time
 from pathlib import Path
 from types import FunctionType
 
@@ -15,6 +16,7 @@ from nemo_tsdkd.checks.memory import per_gpu
 from nemo_tsdkd.config.train_config import TrainConfig
 
 ROWS, LENGTH = 1, 512
+SETTLE = 0.05  # seconds in which gloo's threads let go of what they have sent
 
 
 def held(checkpoint: Path, tp: int, recompute: str) -> dict[str, int]:
@@ -41,7 +43,7 @@ def held(checkpoint: Path, tp: int, recompute: str) -> dict[str, int]:
         for name in names:  # a kernel each on a GPU
             setattr(module, name, ledger.kernel(getattr(module, name)))
     for module in (model.decoder.layers[1], model.decoder.final_layernorm):  # the beginning and the end of a layer
-        module.register_forward_pre_hook(lambda *_: marks.append(ledger.held))
+        module.register_forward_pre_hook(lambda *_: (time.sleep(SETTLE), marks.append(ledger.held))[0])
     cache = KVCache(model, ROWS, LENGTH)
     gc.disable()  # a collection between two marks would free what an earlier pass left in cycles
     with ledger:
@@ -61,12 +63,16 @@ def held(checkpoint: Path, tp: int, recompute: str) -> dict[str, int]:
             del hidden
             most["prefill"] = ledger.peak - before
         gc.collect()  # what earlier passes left in cycles
-        marks.clear()
-        out = model(tokens, places, None)
-        most["activations"] = marks[1] - marks[0]
-        before = ledger.reset()
-        out.backward(torch.ones_like(out))
-        most["backward"] = ledger.peak - before
+        passes = []
+        for _ in range(3):  # gloo's threads may let go of a tensor late, which no GPU's stream does: the least counts
+            marks.clear()
+            out = model(tokens, places, None)
+            time.sleep(SETTLE)
+            before = ledger.reset()
+            out.backward(torch.ones_like(out))
+            passes.append((marks[1] - marks[0], ledger.peak - before))
+        most["activations"] = sorted(kept for kept, _ in passes)[1]
+        most["backward"] = min(backward for _, backward in passes)
     return most
 
 
