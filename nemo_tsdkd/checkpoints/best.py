@@ -72,6 +72,10 @@ class Scores:
             best, since = (score, 0) if improved else (best, since + 1)
         return since
 
+    def ends_run(self, step: int, patience: int) -> bool:
+        """Whether `step` was validated and ends `patience` validations without a better one (0: never)."""
+        return self.at(step) is not None and 0 < patience <= self.without_improvement
+
 
 def best_of(checkpoints: Sequence[Path]) -> tuple[Path, Scores] | None:
     """The checkpoint with the best score among those that were validated, and the run's scores; None without any.
@@ -93,6 +97,6 @@ def best_checkpoint(run_dir: Path) -> tuple[Path, Scores] | None:
 
 
 def ended_early(checkpoint: Path, patience: int) -> bool:
-    """Whether a run's newest checkpoint follows on `patience` validations without a better one (0: never)."""
+    """Whether a run's newest checkpoint is its last, by `Scores.ends_run`."""
     scores = Scores.read(checkpoint)
-    return bool(scores and scores.at(step_of(checkpoint)) is not None and 0 < patience <= scores.without_improvement)
+    return scores is not None and scores.ends_run(step_of(checkpoint), patience)

@@ -70,10 +70,10 @@ _SCRIPT = """\
 {cluster}# Written by `nemo-tsdkd init`: sbatch {script} [-- HYDRA_OVERRIDE...]
 set -euo pipefail
 export TSDKD_HOME=${{TSDKD_HOME:-{checkout}}} RUN_DIR=${{RUN_DIR:-{run_dir}}}
-[[ $# -eq 0 || $1 == -- ]] || {{ echo "unexpected argument '$1': overrides go after --" >&2; exit 2; }}
 # shellcheck source=/dev/null
 source "$TSDKD_HOME/slurm/lib.sh"
-train distil -- --config-dir {quoted_folder} "${{@:2}}"
+options_after_dashes "$@"
+train distil -- --config-dir {quoted_folder} "${{OPTIONS[@]}}"
 """
 
 

@@ -36,6 +36,7 @@ from nemo_tsdkd.demo.tasks import (
 )
 from nemo_tsdkd.reporting.accuracy import ACCURACY
 from nemo_tsdkd.reporting.rows import read_metrics
+from nemo_tsdkd.reporting.run_files import SUMMARY
 
 PROMPTS = 5_000
 
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "student_after": scores["distilled"],
         "problems": len(problems),
         "in_the_loop": {row["step"]: row[ACCURACY] for row in rows if ACCURACY in row},
-        "steps": json.loads((folder / "train" / "summary.json").read_text())["steps"],
+        "steps": json.loads((folder / "train" / SUMMARY).read_text())["steps"],
         "export": str(models["distilled"]),
         "seconds": seconds,
     }

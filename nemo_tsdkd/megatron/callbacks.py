@@ -164,9 +164,8 @@ class SaveAndStop(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, model: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         scores = self.validate.scores if self.validate else None
-        validated = scores is not None and scores.at(step) is not None
-        best = validated and self.checkpoints.settings.keep_best and scores.best_step() == step
-        early = validated and 0 < self.patience <= scores.without_improvement
+        best = scores is not None and self.checkpoints.settings.keep_best and scores.best_step() == step
+        early = scores is not None and scores.ends_run(step, self.patience)
         last = step == trainer.max_steps or early
         if step % self.reuse:
             return  # a set of rollouts is not part of a checkpoint: save only before a step that generates a new set

@@ -20,6 +20,7 @@ from nemo_tsdkd.checkpoints.atomic import read_json
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.reporting.loggers import SAMPLE_COLUMNS, OpenLogger
 from nemo_tsdkd.reporting.provenance import ATTEMPTS
+from nemo_tsdkd.reporting.rows import first_step
 
 PROJECT = "nemo-tsdkd"
 SAMPLES_TABLE = "samples.json"  # MLflow's artifact
@@ -39,8 +40,8 @@ class TensorBoard:
     purges = True
 
     def __init__(self, run_dir: Path, config: TrainConfig, resume_step: int) -> None:
-        first = resume_step + 1 if resume_step else 0
-        self.logger = TensorBoardLogger(str(run_dir), name="", version="tensorboard", purge_step=first)
+        purge_step = first_step(resume_step)
+        self.logger = TensorBoardLogger(str(run_dir), name="", version="tensorboard", purge_step=purge_step)
         self.logger.experiment.add_text("config", _fenced(OmegaConf.to_yaml(_settings(config))), resume_step)
 
     def log(self, step: int, values: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
@@ -95,9 +96,8 @@ class MLflow:
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
             uri = (run_dir / "mlruns").as_uri()
-            os.environ.setdefault(
-                "MLFLOW_ALLOW_FILE_STORE", "true"
-            )  # files need no server, nor SQLite on a shared disk
+            # Files need no server, nor SQLite on a shared disk.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         self.logger = MLFlowLogger(
             experiment_name=os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT),
             run_name=run_dir.name,

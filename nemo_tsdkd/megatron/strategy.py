@@ -128,7 +128,8 @@ class TSDKDStrategy(nl.MegatronStrategy):
 
     def _reduce(self, reports: Any) -> dict[str, float]:
         """Means over the global batch. Only last stages have reports; context-parallel ranks have equal ones."""
-        names = ("loss", "count", *reported(self.lightning_module.train_config.objective.resolved()))
+        objective = self.lightning_module.train_config.objective.resolved()
+        names = ("loss", "count", *reported(objective))
         sums = torch.zeros(len(names), dtype=torch.float64, device=torch.cuda.current_device())
         if parallel_state.is_pipeline_last_stage():
             sums += torch.stack([reports[name].double().sum() for name in names])
@@ -137,7 +138,7 @@ class TSDKDStrategy(nl.MegatronStrategy):
         total = dict(zip(names, sums.tolist(), strict=True))
         count = total.pop("count")
         means = {name: value / count for name, value in total.items()}
-        means |= weighted(self.lightning_module.train_config.objective.resolved(), means)
+        means |= weighted(objective, means)
         return means | {"response_tokens": int(total["response_tokens"])}
 
     def _not_finite(self, reports: Any, batches: list[DistillationBatch]) -> str | None:

@@ -42,9 +42,10 @@ from nemo_tsdkd.megatron.samples import WriteSamples
 from nemo_tsdkd.megatron.strategy import TSDKDStrategy
 from nemo_tsdkd.megatron.teacher import Teacher
 from nemo_tsdkd.megatron.validation import HeldOut, Validate
-from nemo_tsdkd.reporting.metrics import SUMMARY, refresh_plots
+from nemo_tsdkd.reporting.metrics import refresh_plots
 from nemo_tsdkd.reporting.provenance import changed_settings, save_provenance
 from nemo_tsdkd.reporting.report import refresh_report
+from nemo_tsdkd.reporting.run_files import SUMMARY
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
+from nemo_tsdkd.reporting.accuracy import ACCURACY, DIVERGENCE
 from nemo_tsdkd.reporting.run_files import RunFiles
 
 POINTS = 2_000  # of a curve and a run; of longer runs each point is the mean of as many steps as it takes
@@ -17,7 +18,6 @@ BARS = 120
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the runs', or the metrics' of a single run.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a8a00")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-ACCURACY = "validation_accuracy"
 PHASES = ("rollout_s", "teacher_s", "student_s", "save_s", "validation_s")
 
 
@@ -32,7 +32,7 @@ class Chart(NamedTuple):
 
 CHARTS = (
     Chart("accuracy", "Held-out accuracy with its 95 % interval", "share of right answers", (ACCURACY,)),
-    Chart("held_out", "Held-out divergence", "nats a response token", ("validation_divergence",)),
+    Chart("held_out", "Held-out divergence", "nats a response token", (DIVERGENCE,)),
     Chart(
         "loss",
         "Loss, and its terms as they enter it",

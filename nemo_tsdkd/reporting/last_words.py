@@ -10,8 +10,7 @@ from nemo_tsdkd.checkpoints.best import BEST, Scores, best_checkpoint
 from nemo_tsdkd.checkpoints.manifest import CHECKPOINTS, newest_complete, step_of
 from nemo_tsdkd.checkpoints.start_over import METRICS
 from nemo_tsdkd.reporting.rows import read_metrics
-
-REPORT = "report.html"
+from nemo_tsdkd.reporting.run_files import REPORT
 
 
 def last_words(run_dir: Path) -> list[str]:

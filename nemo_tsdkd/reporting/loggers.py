@@ -58,7 +58,7 @@ class RunLoggers:
         before = read_json(path) if path.exists() else {}
         rows = read_metrics(run_dir / METRICS) if (run_dir / METRICS).exists() else []
         recorded = max((int(row["step"]) for row in rows), default=-1)
-        self._samples_size = 0  # of samples.jsonl when it was last read
+        self._samples_read = 0  # bytes of samples.jsonl
         self._open: dict[str, OpenLogger] = {}
         self._last: dict[str, int] = {}
         for name in names:
@@ -102,10 +102,10 @@ class RunLoggers:
     def _samples(self, step: int) -> list[dict[str, Any]]:
         path = self.run_dir / SAMPLES
         size = path.stat().st_size if path.exists() else 0
-        if size == self._samples_size:
+        if size == self._samples_read:
             return []
-        self._samples_size = size
-        return [_table_row(sample) for sample in read_samples(path) if sample["step"] == step]
+        begin, self._samples_read = self._samples_read, size
+        return [_table_row(sample) for sample in read_samples(path, begin) if sample["step"] == step]
 
 
 def _table_row(sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 from collections.abc import Mapping
@@ -16,16 +15,15 @@ from nemo_tsdkd.checkpoints.atomic import write_json
 from nemo_tsdkd.checkpoints.start_over import METRICS
 from nemo_tsdkd.distributed.progress import ProgressDisplay
 from nemo_tsdkd.objective import ALWAYS_REPORTED
+from nemo_tsdkd.reporting.accuracy import ACCURACY
 from nemo_tsdkd.reporting.loggers import RunLoggers
-from nemo_tsdkd.reporting.rows import drop_steps, read_metrics
-from nemo_tsdkd.reporting.run_files import record_start
+from nemo_tsdkd.reporting.rows import drop_steps, first_step, read_metrics
+from nemo_tsdkd.reporting.run_files import SUMMARY, only_warned, record_start
 
 matplotlib.use("Agg")  # compute nodes have no display
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-logger = logging.getLogger(__name__)
-SUMMARY = "summary.json"  # of a run: its last step, and whether that was its end
 # figure -> (unit of its y axis, metrics drawn into it)
 PLOTS = {
     "loss": ("nats", ("loss", "direct_weighted", "indirect_weighted", "entropy_weighted")),
@@ -66,8 +64,7 @@ class MetricsLogger:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.path = self.run_dir / METRICS
         record_start(self.run_dir, resume_step)
-        first = resume_step + 1 if resume_step else 0
-        drop_steps(self.path, first)
+        drop_steps(self.path, first_step(resume_step))
         self._file = self.path.open("a", encoding="utf-8")
         self._loggers = loggers
         self._display = ProgressDisplay("step", total_steps, resume_step) if progress else None
@@ -118,15 +115,13 @@ class MetricsLogger:
 
 
 def _accuracy(values: Mapping[str, float]) -> str | None:
-    return f"accuracy {values['validation_accuracy']:.1%}" if "validation_accuracy" in values else None
+    return f"accuracy {values[ACCURACY]:.1%}" if ACCURACY in values else None
 
 
 def refresh_plots(run_dir: Path) -> None:
-    """Draw the plots of a run that trains. Whatever goes wrong is a warning: a picture ends no training."""
-    try:
+    """Draw the plots of a run that trains; a failure is a warning."""
+    with only_warned("The plots"):
         draw_plots(run_dir)
-    except Exception as error:
-        logger.warning("The plots could not be written (%s: %s). Training goes on.", type(error).__name__, error)
 
 
 def draw_plots(run_dir: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,13 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from nemo_tsdkd.checkpoints.atomic import write_atomically
-from nemo_tsdkd.reporting.charts import ACCURACY, COLOURS, figures, series
+from nemo_tsdkd.reporting.accuracy import ACCURACY
+from nemo_tsdkd.reporting.charts import COLOURS, figures, series
 from nemo_tsdkd.reporting.provenance import flat_settings
-from nemo_tsdkd.reporting.run_files import RunFiles, read_runs
+from nemo_tsdkd.reporting.run_files import REPORT, RunFiles, only_warned, read_runs
 from nemo_tsdkd.reporting.sample_page import shown_samples
 
-REPORT = "report.html"
 LARGEST = 7_500_000  # bytes of the file, as many samples left out as it takes
-logger = logging.getLogger(__name__)
 
 
 def build_report(folders: Sequence[str | Path], output: str | Path) -> Path:
@@ -63,11 +61,9 @@ def build_report(folders: Sequence[str | Path], output: str | Path) -> Path:
 
 
 def refresh_report(run_dir: Path) -> None:
-    """Rebuild the report of a run that trains. Whatever goes wrong is a warning: a picture ends no training."""
-    try:
+    """Rebuild the report of a run that trains; a failure is a warning."""
+    with only_warned(REPORT):
         build_report([run_dir], run_dir / REPORT)
-    except Exception as error:
-        logger.warning("%s could not be written (%s: %s). Training goes on.", REPORT, type(error).__name__, error)
 
 
 def _summary(run: RunFiles, colour: str) -> dict[str, Any]:

@@ -27,14 +27,24 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     return rows
 
 
-def _row(line: bytes) -> dict[str, float] | None:
+def parsed(line: bytes) -> Any:
+    """What a line of JSON holds; None where it is torn."""
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         return None
+
+
+def _row(line: bytes) -> dict[str, float] | None:
+    row = parsed(line)
     if not isinstance(row, dict) or not all(type(v) in (int, float) and math.isfinite(v) for v in row.values()):
         return None
     return row if type(row.get("step")) is int else None
+
+
+def first_step(resume_step: int) -> int:
+    """The first step that an attempt writes which resumes after `resume_step`; a new run's first row is step 0's."""
+    return resume_step + 1 if resume_step else 0
 
 
 def drop_steps(path: Path, first: int) -> None:
@@ -44,15 +54,15 @@ def drop_steps(path: Path, first: int) -> None:
         write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept).encode())
 
 
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    """The lines of a samples.jsonl in file order; lines that hold no sample are skipped, as a killed process leaves
-    one."""
+def read_samples(path: Path, begin: int = 0) -> list[dict[str, Any]]:
+    """The lines of a samples.jsonl in file order, from its byte `begin` on; lines that hold no sample are skipped, as a
+    killed process leaves one."""
     samples = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        try:
-            sample = json.loads(line) if line else None
-        except (ValueError, RecursionError):
-            sample = None
+    with path.open("rb") as file:
+        file.seek(begin)
+        lines = file.read().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        sample = parsed(line)
         if isinstance(sample, dict) and isinstance(sample.get("step"), int) and isinstance(sample.get("tokens"), dict):
             samples.append(sample)
         elif line:

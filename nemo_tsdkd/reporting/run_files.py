@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,11 @@ from typing import Any
 from nemo_tsdkd.checkpoints.atomic import read_json
 from nemo_tsdkd.checkpoints.start_over import METRICS, SAMPLES
 from nemo_tsdkd.config.validation import UserError
-from nemo_tsdkd.reporting.rows import read_metrics, read_samples
+from nemo_tsdkd.reporting.rows import parsed, read_metrics, read_samples
 
+logger = logging.getLogger(__name__)
+REPORT = "report.html"
+SUMMARY = "summary.json"  # the last step, and whether that was the run's end
 STARTS = "starts.jsonl"  # in a run folder, one line for each attempt: the step that its checkpoint holds
 
 
@@ -52,9 +57,8 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunFiles]:
 
 
 def _read(folder: Path, name: str) -> RunFiles:
-    by_step = {
-        row["step"]: row for row in read_metrics(folder / METRICS)
-    }  # of a step written twice the later row counts
+    # Of a step that was written twice the later row counts.
+    by_step = {row["step"]: row for row in read_metrics(folder / METRICS)}
     last = max(by_step, default=0)
     config, samples = folder / "config.yaml", folder / SAMPLES
     return RunFiles(
@@ -64,7 +68,7 @@ def _read(folder: Path, name: str) -> RunFiles:
         samples=read_samples(samples) if samples.is_file() else [],
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
         versions=_json(folder / "versions.json"),
-        summary=_json(folder / "summary.json"),
+        summary=_json(folder / SUMMARY),
     )
 
 
@@ -73,6 +77,15 @@ def _json(path: Path) -> dict[str, Any]:
         return read_json(path) if path.is_file() else {}
     except UserError as error:
         return {"not readable": str(error)}
+
+
+@contextmanager
+def only_warned(what: str) -> Iterator[None]:
+    """Whatever goes wrong in the block, which writes `what`, is a warning: a picture ends no training."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s could not be written (%s: %s). Training goes on.", what, type(error).__name__, error)
 
 
 def record_start(run_dir: Path, resume_step: int) -> None:
@@ -86,10 +99,8 @@ def restarts(path: Path) -> list[int]:
     than the one before it writes the steps between again: restarts there are no part of the run any more."""
     steps: list[int] = []
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
-        try:
-            step = json.loads(line)["resume_step"]
-        except (ValueError, TypeError, KeyError, RecursionError):  # a torn line
-            continue
+        start = parsed(line)
+        step = start.get("resume_step") if isinstance(start, dict) else None  # of a torn line
         if type(step) is int:
             steps = [earlier for earlier in steps if earlier < step] + [step]
     return [step for step in steps if step > 0]

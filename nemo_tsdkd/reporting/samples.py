@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_tsdkd.checkpoints.atomic import write_atomically
 from nemo_tsdkd.checkpoints.start_over import SAMPLES
-from nemo_tsdkd.reporting.rows import read_samples
+from nemo_tsdkd.reporting.rows import first_step, read_samples
 
 _DIGITS = 4  # significant, of each number
 
@@ -27,7 +27,7 @@ class SamplesWriter:
     def __init__(self, run_dir: Path, tokenizer: PreTrainedTokenizerBase, resume_step: int) -> None:
         self.path, self.tokenizer = run_dir / SAMPLES, tokenizer
         if self.path.exists():
-            kept = [s for s in read_samples(self.path) if 0 < resume_step >= s["step"]]
+            kept = [s for s in read_samples(self.path) if s["step"] < first_step(resume_step)]
             write_atomically(self.path, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in kept).encode())
 
     def write(self, sample: dict[str, Any]) -> None:
@@ -58,11 +58,8 @@ def _rounded(value: Any) -> Any:
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """The text that each token adds: together the text of all. A token that ends within a character adds nothing; the
     one that completes the character adds it."""
-    texts, first, read = (
-        [],
-        0,
-        0,
-    )  # tokens from `first` on are decoded again: a tokenizer may treat a text's start apart
+    texts: list[str] = []
+    first = read = 0  # tokens from `first` on are decoded again: a tokenizer may treat a text's start apart
     for i in range(len(ids)):
         before, now = tokenizer.decode(ids[first:read]), tokenizer.decode(ids[first : i + 1])
         whole = len(now) > len(before) and not now.endswith("\ufffd")

@@ -1,5 +1,6 @@
 """`nemo-tsdkd init`: its files are what the other commands and the job scripts' library take."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,15 @@ import tiny_hf
 from nemo_tsdkd.cli.main import main
 from nemo_tsdkd.config.compose import compose_config
 
-LIBRARY = 'train() { printf "%s\\n" "$RUN_DIR" "$@"; }\n'  # in the place of slurm/lib.sh
+REAL = (Path(__file__).parents[2] / "slurm" / "lib.sh").read_text()
+# In the place of slurm/lib.sh, which needs a job: its own reading of arguments, and a `train` that shows what it gets.
+LIBRARY = (
+    "".join(
+        re.search(rf"^{name}\(\) \{{.*?^\}}\n", REAL, re.MULTILINE | re.DOTALL)[0]
+        for name in ("usage_error", "options_after_dashes")
+    )
+    + 'say() { echo "$@"; }\ntrain() { printf "%s\n" "$RUN_DIR" "$@"; }\n'
+)
 
 
 @pytest.fixture(scope="module")
