@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nemo_tsdkd.rollout.sampling import NO_TOKEN, fold
+from nemo_tsdkd.distributed.counters import fold
+from nemo_tsdkd.rollout.sampling import NO_TOKEN
 from nemo_tsdkd.rollout.schedule import NOTHING, Row
 
 
@@ -41,7 +42,7 @@ class Rows:
         """Begin a window with these rows: one copy to the device.
 
         Args:
-            sample_keys: int64 [prompts], on the host; the noise of a sample lies below its key (`sampling.fold`).
+            sample_keys: int64 [prompts], on the host; the noise of a sample lies below its key (`counters.fold`).
         """
         if not rows:
             return

@@ -2,8 +2,8 @@
 
 A token is drawn by the Gumbel-max rule: `argmax_v (z_v / temperature + g_v)` with independent Gumbel noise `g_v` is a
 sample of the softmax. Each tensor-parallel rank takes the maximum of its own shard, so ranks exchange one pair
-(score, token) per sequence. The noise is a function of the counters (seed, step, sample, position, token) and not of
-a generator's state: neither the layout nor the other sequences of its batch change a response.
+(score, token) per sequence. The noise is a function of the counters (seed, step, sample, position, token), so neither
+the layout nor the other sequences of its batch change a response (distributed/counters.py).
 
 Shapes: `B` sequences, `V_local` this rank's columns of the padded vocabulary. Without a `tp_group`, or with one of a
 single rank, the vocabulary is whole.
@@ -17,40 +17,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from nemo_tsdkd.distributed.counters import fold, step_key, uniform
 from nemo_tsdkd.distributed.vocab_parallel import Group, all_gather, all_reduce, group_rank
 
-# SplitMix64 (Steele, Lea, Flood 2014), written as the signed integers torch computes with: products wrap around.
-_GAMMA = 0x9E3779B97F4A7C15 - 2**64
-_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
-_MIX_2 = 0x94D049BB133111EB - 2**64
-_ROOT = 0x6A09E667F3BCC908  # key of the empty counter
 NO_TOKEN = -1  # in place of a token where none could be drawn
 _COLDEST = 1e-30  # below it a draw is the argmax: noise of at most 45 nats then parts no two logits
 _ON_POLICY = -1  # in place of a sample id, which is never negative
-
-
-def _xor_shift(x: Tensor, bits: int) -> Tensor:
-    """x ^= x >> bits, in place, with a logical shift: torch's own repeats the sign."""
-    return x.bitwise_xor_((x >> bits).bitwise_and_((1 << (64 - bits)) - 1))
-
-
-def fold(key: Tensor, counter: Tensor | int) -> Tensor:
-    """64 hashed bits of (key, counter), broadcast over both: a key for the next counter, or noise. All int64."""
-    x = key + (torch.as_tensor(counter, dtype=torch.int64, device=key.device) + 1) * _GAMMA
-    x = _xor_shift(x, 30).mul_(_MIX_1)
-    x = _xor_shift(x, 27).mul_(_MIX_2)
-    return _xor_shift(x, 31)
-
-
-def step_key(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
-    """The key (int64 scalar) below which all noise of one step lies."""
-    root = torch.tensor(_ROOT, dtype=torch.int64, device=device)
-    return fold(fold(root, seed), step)
-
-
-def uniform(bits: Tensor) -> Tensor:
-    """fp32 in (0, 1), fine-grained (2^-63) near 0, where the winners of Gumbel-max are decided."""
-    return (bits & (2**63 - 1)).float().mul_(2.0**-63).clamp_(2.0**-64, 1 - 2.0**-24)
 
 
 def gumbel(keys: Tensor, token_ids: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from chi_square import p_value
 from ranks import run_ranks
 
-from nemo_tsdkd.rollout.sampling import NO_TOKEN, fold, sample, step_key
+from nemo_tsdkd.distributed.counters import fold, step_key
+from nemo_tsdkd.rollout.sampling import NO_TOKEN, sample
 
 VOCAB, PADDED, DRAWS = 45, 64, 8_000  # at TP 4 the last shard is padding only; top_k exceeds a shard
 TEMPERATURE = 1.4

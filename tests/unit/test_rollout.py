@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 
+from nemo_tsdkd.distributed.counters import fold
 from nemo_tsdkd.rollout.rows import Rows
-from nemo_tsdkd.rollout.sampling import NO_TOKEN, fold
+from nemo_tsdkd.rollout.sampling import NO_TOKEN
 from nemo_tsdkd.rollout.schedule import NOTHING, PREFILL_TOKENS, Response, Row, Schedule, row_bucket
 
 EOS = 0

@@ -8,8 +8,9 @@ from chi_square import p_value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_tsdkd.distributed.counters import fold, step_key, uniform
 from nemo_tsdkd.rollout import sampling
-from nemo_tsdkd.rollout.sampling import fold, gumbel, keep_top_k, keep_top_p, on_policy, sample, step_key, uniform
+from nemo_tsdkd.rollout.sampling import gumbel, keep_top_k, keep_top_p, on_policy, sample
 
 
 def test_fold_is_splitmix64():

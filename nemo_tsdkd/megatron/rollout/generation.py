@@ -13,12 +13,13 @@ from torch.distributed import ProcessGroup
 
 from nemo_tsdkd.config.schema import RolloutConfig
 from nemo_tsdkd.data.tokenizer import Vocabulary
+from nemo_tsdkd.distributed.counters import fold, step_key
 from nemo_tsdkd.distributed.vocab_parallel import group_size
 from nemo_tsdkd.megatron.gpt import vocab_parallel_logits
 from nemo_tsdkd.megatron.rollout.decoding import KVCache, check_model, decoding, used_bucket
 from nemo_tsdkd.megatron.rollout.graphs import Regions, new_capture
 from nemo_tsdkd.rollout.rows import Rows
-from nemo_tsdkd.rollout.sampling import NO_TOKEN, fold, sample, step_key
+from nemo_tsdkd.rollout.sampling import NO_TOKEN, sample
 from nemo_tsdkd.rollout.schedule import NOTHING, Prefill, Response, Schedule, row_bucket
 
 
