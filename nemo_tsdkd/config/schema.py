@@ -52,6 +52,10 @@ class ObjectiveConfig:
     top_k: int = 10  # candidates the student proposes at an opener position
     entropy_fraction: float = 0.1  # share of response positions whose entropy is lowered
     gate_temperature: float = 1.0  # tau of the gate
+    tip_fraction: float = 0.5  # share of response positions that the rule tip chooses
+    iw_gamma: float = 0.5  # what the rule importance_weight adds to the weight of the first token
+    prefix_tokens: int = 100  # positions of a response that the rule prefix chooses
+    random_fraction: float = 0.1  # share of response positions that the rule random_share chooses
     temperature: float = 1.0  # divides the logits of both models
     opener_rule: str = "cumulative_entropy"  # selection rules by registry name (objective/rules.py)
     entropy_rule: str = "top_fraction"
@@ -70,7 +74,7 @@ class ObjectiveConfig:
         validation.one_of("objective.head", self.head, HEADS)
         validation.one_of("objective.reduction", self.reduction, REDUCTIONS)
         validation.one_of("objective.compile", self.compile, COMPILE)
-        validation.share(self, "objective.", "beta", "threshold", "entropy_fraction")
+        validation.share(self, "objective.", "beta", "threshold", "entropy_fraction", "tip_fraction", "random_fraction")
         validation.require(
             self.beta in (0, 1) or 1e-3 <= self.beta <= 1 - 1e-3,
             "objective.beta",
@@ -79,9 +83,9 @@ class ObjectiveConfig:
             f"Use {round(self.beta)}, whose limit is computed exactly.",
         )
         validation.not_negative(
-            self, "objective.", "indirect_kd_alpha", "direct_weight", "entropy_weight", "tile_logits"
+            self, "objective.", "indirect_kd_alpha", "direct_weight", "entropy_weight", "tile_logits", "iw_gamma"
         )
-        validation.positive(self, "objective.", "top_k", "gate_temperature", "temperature")
+        validation.positive(self, "objective.", "top_k", "gate_temperature", "temperature", "prefix_tokens")
         validation.require(
             not self.extra_terms or self.preset == "paper",
             "objective.extra_terms",

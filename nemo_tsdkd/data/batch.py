@@ -16,6 +16,7 @@ class MicroBatch(TypedDict):
 
     tokens: Tensor  # [B, S] int64, prompt then response
     position_ids: Tensor  # [B, S] int64
+    labels: Tensor  # [B, S] int64: the token that follows in the row, which the logits at this position predict
     response_mask: Tensor  # [B, S] bool: the logits at this position predict a response token (the first EOS included)
     sample_index: Tensor  # [B] int64
 
@@ -71,15 +72,17 @@ def pad_rows(
         pad_id: token that fills a row; right of every real token, so causal attention never sees it.
         device: where the tensors live.
     """
-    tokens = torch.full((len(token_ids), width), pad_id, dtype=torch.int64)
-    for row, ids in zip(tokens, token_ids, strict=True):
+    padded = torch.full((len(token_ids), width + 1), pad_id, dtype=torch.int64)
+    for row, ids in zip(padded, token_ids, strict=True):
         row[: len(ids)] = torch.as_tensor(ids)
+    tokens, labels = padded[:, :-1].contiguous(), padded[:, 1:].contiguous()
     position = torch.arange(width)
     start = torch.tensor(prompts)[:, None] - 1  # the logits before a token predict it
     mask = (position >= start) & (position < start + torch.tensor(responses)[:, None])
     return MicroBatch(
         tokens=tokens.to(device),
         position_ids=position.to(device).expand(len(tokens), width),
+        labels=labels.to(device),
         response_mask=mask.to(device),
         sample_index=torch.tensor(index, device=device),
     )

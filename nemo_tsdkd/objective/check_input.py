@@ -31,6 +31,42 @@ def check_mask(mask: Tensor) -> Tensor:
     return mask.bool()
 
 
+def check_labels(labels: Tensor | None, mask: Tensor, index: Tensor, vocab_size: int) -> Tensor:
+    """Of int `labels` [S, B], as `mask`, those [n] at `index` [n] (s * B + b): true token ids."""
+    if labels is None:
+        raise ValueError(
+            "labels = None: a rule of the configuration looks at the probability of each response token. "
+            "Pass labels [S, B], the token that each position predicts, or choose other rules."
+        )
+    if labels.shape != mask.shape or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}: must be integers of shape "
+            f"{tuple(mask.shape)}, as response_mask."
+        )
+    chosen = labels.flatten()[index].long()
+    if bool(((chosen < 0) | (chosen >= vocab_size)).any()):
+        raise ValueError(
+            f"labels hold ids from {int(chosen.min())} to {int(chosen.max())} where response_mask is true: must lie in "
+            f"0 to {vocab_size - 1}, the vocabulary."
+        )
+    return chosen
+
+
+def check_keys(keys: Tensor | None, sequences: int, mask: Tensor) -> Tensor:
+    """int64 `keys` [sequences] on the device of `mask`."""
+    if keys is None:
+        raise ValueError(
+            "sequence_keys = None: a rule of the configuration draws tokens at random. "
+            "Pass one int64 key for each sequence, or choose other rules."
+        )
+    if keys.shape != (sequences,) or keys.dtype != torch.int64:
+        raise ValueError(
+            f"sequence_keys have shape {tuple(keys.shape)} and dtype {keys.dtype}: must be int64 of shape "
+            f"({sequences},), one for each sequence of the call."
+        )
+    return keys.to(mask.device)
+
+
 def check_weight(model: str, hidden: Tensor, weight: Tensor) -> None:
     """`weight` is [V_local, hidden size] in the dtype of `hidden`."""
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:

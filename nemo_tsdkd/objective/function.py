@@ -16,26 +16,12 @@ from torch import Tensor
 from nemo_tsdkd.config.schema import ObjectiveConfig
 from nemo_tsdkd.distributed.vocab_parallel import Group, all_gather, all_reduce, group_rank, group_size, top_k_by_id
 from nemo_tsdkd.objective.extra_terms import TokenStatistics, extra_terms
-from nemo_tsdkd.objective.heads import FusedHead, LogitsHead, Tile
+from nemo_tsdkd.objective.heads import Tile
+from nemo_tsdkd.objective.observe import Call, Head, divergence_sums, observe, of_models
 from nemo_tsdkd.objective.output import Metrics
 from nemo_tsdkd.objective.passes import compute_dtype, passes, scaled_
-from nemo_tsdkd.objective.resolve import ResolvedObjective
-from nemo_tsdkd.objective.sequences import SequenceLayout
 from nemo_tsdkd.objective.terms import FLOOR, SoftmaxSums, divergence, plackett_luce, rank_agreement
 from nemo_tsdkd.objective.weights import TokenWeights
-
-Head = LogitsHead | FusedHead
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a call computes and where: the objective, this rank's mask [S, B], n tokens (s * B + b), the groups."""
-
-    objective: ResolvedObjective
-    mask: Tensor
-    index: Tensor
-    layout: SequenceLayout
-    tp_group: Group
 
 
 @dataclass(frozen=True)
@@ -68,21 +54,6 @@ class Saved:
     opener: Tensor  # [o] the opener's tokens among the m
     columns: Tensor  # [o, k_local] candidates among this rank's columns
     columns_grad: Tensor  # [o, k_local]
-
-
-def softmax_sums(head: Head, config: ObjectiveConfig, tp_group: Group) -> SoftmaxSums:
-    """Softmax sums of both models, [2, n] each, over the whole vocabulary: one pass and two packed reductions."""
-    sums = SoftmaxSums.empty(head.student.new_empty((2, head.num_tokens), dtype=compute_dtype(head.student.dtype)))
-    run = passes(config, head.student.device)
-    for rows, _, logits in head.tiles():
-        parts = zip(*(run.softmax(z, run.temperature) for z in logits), strict=True)
-        merged = sums.at(slice(None), rows).merge(SoftmaxSums(*map(torch.stack, parts)))
-        for whole, part in zip(sums, merged, strict=True):
-            whole[:, rows] = part
-    peak = all_reduce(sums.peak.clone(), dist.ReduceOp.MAX, tp_group)
-    sums = sums.seen_from(peak)
-    mass, moment = all_reduce(torch.stack([sums.mass, sums.moment]), dist.ReduceOp.SUM, tp_group)
-    return SoftmaxSums(peak, mass, moment)
 
 
 def candidates(head: Head, config: ObjectiveConfig, tp_group: Group) -> Candidates:
@@ -126,32 +97,25 @@ def indirect_term(found: Candidates, reverse: bool, tp_group: Group) -> tuple[Te
     return value.to(ranked.dtype), own.to(ranked.dtype), agreement.to(ranked.dtype)
 
 
-def divergence_sums(head: Head, softmax: SoftmaxSums, config: ObjectiveConfig, tp_group: Group) -> Tensor:
-    """The divergence's sums over the whole vocabulary, [2, n]: a second pass and one reduction."""
-    rule = divergence(config)
-    sums = torch.zeros_like(softmax.mass)
-    run = passes(config, head.student.device)
-    for rows, _, logits in head.tiles():
-        sums[:, rows] += run.divergence(rule, tuple(logits), _of_models(softmax, rows), run.temperature)
-    return all_reduce(sums, dist.ReduceOp.SUM, tp_group)
-
-
 def evaluate(head: Head, call: Call) -> tuple[Saved, Tensor, Tensor, Tensor]:
     """(what the backward needs, `Metrics` and the extra terms in a row, number of sequences, a broken token).
 
     Entropies are those of all tokens; candidates and divergences of the tokens alone that have weight in their term.
+    Where a rule needs divergences to give weights, they are those of all tokens, computed before and once.
     """
     config, arithmetic, tp_group = call.objective.config, call.objective.arithmetic, call.tp_group
-    softmax = softmax_sums(head, config, tp_group)
-    entropies = softmax.entropy()
-    tokens, place = call.layout.gather(call.mask, call.index, entropies)
-    weights = TokenWeights(*call.layout.local(arithmetic.token_weights(tokens, config).stack(), place, call.index))
+    seen = observe(head, call, call.objective.needs)
+    softmax, entropies, tokens = seen.softmax, seen.entropies, seen.tokens
+    weights = TokenWeights(*call.layout.local(arithmetic.token_weights(tokens, config).stack(), seen.place, call.index))
     opener = _rows(weights.indirect, config.indirect_kd_alpha)
     found = candidates(head.take(opener), config, tp_group)
     ranking_loss, columns_grad, agreement = indirect_term(found, arithmetic.reverses_ranking, tp_group)
     # An extra term may look at the divergence of any response token.
     compared = _rows(weights.response, 1) if config.extra_terms else _rows(weights.direct, config.direct_weight)
-    sums = divergence_sums(_part(head, compared), softmax.at(slice(None), compared), config, tp_group)
+    if seen.divergence_sums is None:
+        sums = divergence_sums(_part(head, compared), softmax.at(slice(None), compared), config, tp_group)
+    else:
+        sums = seen.divergence_sums[:, compared]
     divergences = _spread(divergence(config).value(sums), compared, entropies[0])
     extra = extra_terms(TokenStatistics(entropies[0], divergences, entropies[1]), weights.response, config)
     # Not by multiplying with zero: an extra term's token without a gate may have an infinite divergence.
@@ -217,7 +181,7 @@ def gradient(head: Head, saved: Saved, config: ObjectiveConfig, scale: Tensor) -
         grad = run.gradient(
             rule,
             tuple(logits),
-            _of_models(saved.softmax, rows)[: len(logits)],
+            of_models(saved.softmax, rows)[: len(logits)],
             run.temperature,
             None if sums is None else sums[:, rows].T,
             scale * saved.direct[rows],
@@ -234,10 +198,6 @@ def _add_candidates_(grad: Tensor, rows: slice, columns: slice, saved: Saved, sc
     inside = (row >= 0) & (row < grad.shape[0]) & (column >= 0) & (column < grad.shape[1])
     at = row.clamp(0, grad.shape[0] - 1).expand_as(column), column.clamp(0, grad.shape[1] - 1)
     grad.index_put_(at, torch.where(inside, saved.columns_grad * scale, 0), accumulate=True)
-
-
-def _of_models(softmax: SoftmaxSums, rows: slice) -> tuple[SoftmaxSums, ...]:
-    return tuple(softmax.at(model, rows) for model in range(2))
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:

@@ -7,13 +7,15 @@ from torch import Tensor
 
 from nemo_tsdkd.config.schema import TILE_LOGITS, ObjectiveConfig
 from nemo_tsdkd.distributed.vocab_parallel import Group, Overlap, group_size, head_rows
-from nemo_tsdkd.objective.check_input import check_mask, check_shapes, check_weight
-from nemo_tsdkd.objective.function import Call, Head, Objective, split_metrics
+from nemo_tsdkd.objective.check_input import check_keys, check_labels, check_mask, check_shapes, check_weight
+from nemo_tsdkd.objective.function import Objective, split_metrics
 from nemo_tsdkd.objective.heads import FusedHead, LogitsHead
+from nemo_tsdkd.objective.observe import Call, Head
 from nemo_tsdkd.objective.output import ObjectiveOutput, reported
 from nemo_tsdkd.objective.resolve import ResolvedObjective, resolve_objective
 from nemo_tsdkd.objective.seen import seen_tokens
 from nemo_tsdkd.objective.sequences import SequenceLayout
+from nemo_tsdkd.objective.tokens import KEY, SAMPLED
 
 
 def tsdkd_loss(
@@ -22,6 +24,8 @@ def tsdkd_loss(
     response_mask: Tensor,
     config: ObjectiveConfig | ResolvedObjective,
     *,
+    labels: Tensor | None = None,
+    sequence_keys: Tensor | None = None,
     vocab_size: int | None = None,
     tp_group: Group = None,
     cp_group: Group = None,
@@ -39,6 +43,10 @@ def tsdkd_loss(
         teacher_logits: [S, B, V_local of the teacher]; its padded width may differ. Gets no gradient.
         response_mask: [S, B], true (or 1) where the position predicts a response token.
         config: the objective's fields; checked and their preset applied here, or once by `resolve_objective(config)`.
+        labels: int [S, B], the id of the token that the position predicts: the sequence, one position to the left.
+            Read at response positions, and only if a rule of `config` looks at the sampled tokens' probabilities.
+        sequence_keys: int64, one for each of the call's sequences: rows, or packed ones. Read only if a rule of
+            `config` draws from them (`distributed.counters.fold`).
         vocab_size: true token ids; columns from there on are padding, without probability and with zero gradient.
             None: all columns that both models have.
         tp_group: ranks that share the vocabulary; None for dense logits.
@@ -51,13 +59,14 @@ def tsdkd_loss(
 
     Raises:
         ValueError: shapes or dtypes that do not match, an empty batch, a mask that is none, a field of `config` out of
-            its range or against its preset, an unknown rule, `vocab_size` above the columns, rows or packed sequences
-            that context parallelism cannot divide.
+            its range or against its preset, an unknown rule, `labels` or `sequence_keys` that a rule needs and that are
+            missing or wrong, `vocab_size` above the columns, rows or packed sequences that context parallelism cannot
+            divide.
     """
     check_shapes(response_mask, student_logits=student_logits, teacher_logits=teacher_logits)
     vocab_size, overlap = _vocabulary(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1], tp_group)
     objective = _resolved(config, vocab_size)
-    call = _call(objective, response_mask, cu_seqlens, tp_group, cp_group)
+    call = _call(objective, response_mask, cu_seqlens, tp_group, cp_group, labels, sequence_keys, vocab_size)
     # Rows of tokens: a view in Megatron's layout.
     student, teacher = student_logits.flatten(0, 1), teacher_logits.detach().flatten(0, 1)
     left, right = overlap.exchange([teacher[call.index, first:end].T for first, end in overlap.send], tp_group)
@@ -82,6 +91,8 @@ def tsdkd_loss_from_hidden(
     response_mask: Tensor,
     config: ObjectiveConfig | ResolvedObjective,
     *,
+    labels: Tensor | None = None,
+    sequence_keys: Tensor | None = None,
     vocab_size: int | None = None,
     tp_group: Group = None,
     cp_group: Group = None,
@@ -100,8 +111,9 @@ def tsdkd_loss_from_hidden(
         student_weight: [V_local, H_s], this rank's rows of the output layer.
         teacher_hidden, teacher_weight: the teacher's; its hidden size and padded width may differ. Get no gradient.
         response_mask: [S, B], whole along the sequence also with `sequence_parallel`.
+        labels: as in `tsdkd_loss`; whole along the sequence also with `sequence_parallel`.
         sequence_parallel: both models' hidden states are split along the sequence over `tp_group`.
-        config, vocab_size, tp_group, cp_group, cu_seqlens, return_seen: as in `tsdkd_loss`.
+        config, sequence_keys, vocab_size, tp_group, cp_group, cu_seqlens, return_seen: as in `tsdkd_loss`.
 
     Raises:
         ValueError: as in `tsdkd_loss`; sizes or dtypes of hidden states and weights that do not match.
@@ -112,7 +124,7 @@ def tsdkd_loss_from_hidden(
     check_weight("teacher", teacher_hidden, teacher_weight)
     vocab_size, overlap = _vocabulary(vocab_size, len(student_weight), len(teacher_weight), tp_group)
     objective = _resolved(config, vocab_size)
-    call = _call(objective, response_mask, cu_seqlens, tp_group, cp_group)
+    call = _call(objective, response_mask, cu_seqlens, tp_group, cp_group, labels, sequence_keys, vocab_size)
     weight = teacher_weight.detach()
     left, right = overlap.exchange([weight[first:end] for first, end in overlap.send], tp_group)
     head = FusedHead(
@@ -145,7 +157,14 @@ def _vocabulary(vocab_size: int | None, student_width: int, teacher_width: int, 
 
 
 def _call(
-    objective: ResolvedObjective, mask: Tensor, cu_seqlens: Tensor | None, tp_group: Group, cp_group: Group
+    objective: ResolvedObjective,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    tp_group: Group,
+    cp_group: Group,
+    labels: Tensor | None,
+    sequence_keys: Tensor | None,
+    vocab_size: int,
 ) -> Call:
     if cu_seqlens is not None and not objective.arithmetic.has_packed_form:
         raise ValueError(
@@ -154,12 +173,17 @@ def _call(
         )
     mask = check_mask(mask)
     tokens = torch.ones_like(mask) if objective.arithmetic.trains_padding else mask
+    index = tokens.flatten().nonzero().flatten()
+    sequences = mask.shape[1] if cu_seqlens is None else len(cu_seqlens) - 1
+    layout = SequenceLayout.of(mask, cu_seqlens, cp_group)
     return Call(
         objective=objective,
         mask=mask,
-        index=tokens.flatten().nonzero().flatten(),
-        layout=SequenceLayout.of(mask, cu_seqlens, cp_group),
+        index=index,
+        layout=layout,
         tp_group=tp_group,
+        labels=check_labels(labels, mask, index, vocab_size) if SAMPLED in objective.needs else None,
+        sequence_keys=check_keys(sequence_keys, sequences, mask) if KEY in objective.needs else None,
     )
 
 

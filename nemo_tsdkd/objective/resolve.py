@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nemo_tsdkd.config.schema import ObjectiveConfig
 from nemo_tsdkd.objective.extra_terms import TERMS
-from nemo_tsdkd.objective.rules import RULES
+from nemo_tsdkd.objective.rules import RULE_FIELDS, RULES, needs
 from nemo_tsdkd.objective.terms import DIVERGENCES
 from nemo_tsdkd.objective.tokens import Tokens
 from nemo_tsdkd.objective.weights import TokenWeights, paper_weights, reference_weights
@@ -29,15 +29,19 @@ REFERENCE = Arithmetic(reference_weights, trains_padding=True, reverses_ranking=
 
 @dataclass(frozen=True)
 class ResolvedObjective:
-    """An objective that `tsdkd_loss` need not check again. Made by `resolve_objective`."""
+    """An objective that `tsdkd_loss` need not check again. Made by `resolve_objective`.
+
+    `needs` says what its rules look at besides entropies: keys of `tokens.ASKED`.
+    """
 
     config: ObjectiveConfig
     arithmetic: Arithmetic
+    needs: frozenset[str]
 
 
 def check_registered(config: ObjectiveConfig) -> None:
     """Raise UserError when the config names a selection rule, divergence or term that is not registered."""
-    for field in ("opener_rule", "entropy_rule", "gate_rule"):
+    for field in RULE_FIELDS:
         RULES.require(f"objective.{field}", getattr(config, field))
     DIVERGENCES.require("objective.divergence", config.divergence)
     for name in config.extra_terms:
@@ -54,4 +58,5 @@ def resolve_objective(config: ObjectiveConfig) -> ResolvedObjective:
     config.validate()
     config.validate_preset()
     check_registered(config)
-    return ResolvedObjective(config.resolved(), REFERENCE if config.preset == "reference" else PAPER)
+    resolved = config.resolved()
+    return ResolvedObjective(resolved, REFERENCE if config.preset == "reference" else PAPER, needs(resolved))

@@ -1,11 +1,12 @@
 """The positions of a rank's tokens in whole sequences: batches, packed rows, and context parallelism.
 
-Selections and means belong to whole sequences, logits to a rank's slice of them. The two meet here: per-token
-entropies are gathered over `cp_group`, put in order, judged, and the verdicts handed back to each rank's tokens.
+Selections and means belong to whole sequences, logits to a rank's slice of them. The two meet here: a few numbers of
+each token are gathered over `cp_group`, put in order, judged, and the verdicts handed back to each rank's tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,24 +62,27 @@ class SequenceLayout:
         rows = torch.arange(batch, device=mask.device) * (len(cu_seqlens) - 1)
         return cls((sequence + rows).flatten(), position.expand(-1, -1, batch).flatten(), cp_group)
 
-    def gather(self, mask: Tensor, index: Tensor, entropies: Tensor) -> tuple[Tokens, Tensor]:
+    def gather(self, mask: Tensor, index: Tensor, values: Mapping[str, Tensor]) -> tuple[Tokens, Tensor]:
         """Tokens of whole sequences, and the place of each in this layout, from this rank's n tokens.
 
         Args:
             mask: response mask [S, B].
             index: [n] tokens as s * B + b.
-            entropies: [2, n], student's and teacher's.
+            values: [n] each, by name: `student_entropy`, `teacher_entropy`, and what rules asked for.
         """
-        dense = entropies.new_zeros((4, mask.numel()))
+        rows = torch.stack(list(values.values()))
+        dense = rows.new_zeros((2 + len(rows), mask.numel()))
         dense[0, index] = 1
         dense[1] = mask.flatten()
-        dense[2:, index] = entropies
-        included, response, student, teacher = all_gather(dense, self.cp_group).transpose(0, 1).flatten(1)
+        dense[2:, index] = rows
+        included, response, *gathered = all_gather(dense, self.cp_group).transpose(0, 1).flatten(1)
         place = included.nonzero().flatten()
         order = self.sequence[place] * (self.position.max() + 1) + self.position[place]
         place = place[order.argsort()]
+        asked = {name: value[place] for name, value in zip(values, gathered, strict=True)}
+        entropies = asked.pop("student_entropy"), asked.pop("teacher_entropy")
         at = self.sequence[place], self.position[place]
-        return Tokens(student[place], teacher[place], *at, response[place].bool()), place
+        return Tokens(*entropies, *at, response[place].bool(), asked), place
 
     def first_place(self, chosen: Tensor, index: Tensor) -> Tensor:
         """(sequence, position) [2] of the first of this rank's n tokens that is `chosen` [n]; -1, -1 if none is."""

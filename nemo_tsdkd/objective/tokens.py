@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+DIVERGENCE, SAMPLED, KEY = "divergence", "sampled", "key"
+# What a rule must declare that it needs, and the properties of `Tokens` that it then may read.
+ASKED = {
+    DIVERGENCE: ("divergence",),
+    SAMPLED: ("student_log_probability", "teacher_log_probability"),
+    KEY: ("key",),
+}
 
 
 @dataclass(frozen=True)
@@ -19,6 +28,43 @@ class Tokens:
     sequence: Tensor  # int64, ascending
     position: Tensor  # int64, place in the sequence, prompt included
     response: Tensor  # bool
+    asked: Mapping[str, Tensor] = field(default_factory=dict)  # by property: what was computed because a rule needs it
+
+    def _asked(self, name: str) -> Tensor:
+        if name not in self.asked:
+            need = next(need for need, names in ASKED.items() if name in names)
+            raise RuntimeError(f"a rule reads {name} and does not declare it: register it with needs=[{need!r}].")
+        return self.asked[name]
+
+    @property
+    def divergence(self) -> Tensor:
+        """Nats between teacher and student by `objective.divergence`; infinite where a KL is."""
+        return self._asked("divergence")
+
+    @property
+    def student_log_probability(self) -> Tensor:
+        """Log-probability of the token that the response has here, in nats, at `objective.temperature`; -1e30 and less
+        where the model excludes it."""
+        return self._asked("student_log_probability")
+
+    @property
+    def teacher_log_probability(self) -> Tensor:
+        return self._asked("teacher_log_probability")
+
+    @property
+    def key(self) -> Tensor:
+        """int64, the key of the token's sequence, to draw from (`distributed.counters.fold`)."""
+        return self._asked("key")
+
+    @cached_property
+    def place(self) -> Tensor:
+        """int64, the token's place in the response: 0 for its first token."""
+        return self.before(self.response.long())
+
+    @cached_property
+    def length(self) -> Tensor:
+        """int64, response tokens of the token's sequence."""
+        return self.total(self.response)
 
     @cached_property
     def first(self) -> Tensor:
@@ -41,7 +87,13 @@ class Tokens:
     @property
     def num_sequences(self) -> Tensor:
         """How many sequences have a response: int64 scalar."""
-        return (self.is_first & (self.total(self.response) > 0)).sum()
+        return (self.is_first & (self.length > 0)).sum()
+
+    def ranked(self, values: Tensor, rank: Tensor | int) -> Tensor:
+        """The value of rank `rank` [n] among those of each token's own sequence, 0 the smallest; NaN is the largest."""
+        order = values.sort(dim=0, stable=True).indices
+        order = order[self.sequence[order].sort(dim=0, stable=True).indices]
+        return values[order][self.first + rank]
 
     def before(self, values: Tensor) -> Tensor:
         """Sum of integers over the tokens that precede each one in its sequence."""
@@ -77,6 +129,10 @@ def slack(entropy: Tensor) -> Tensor:
     return SLACK * (1 + entropy)
 
 
-def fixed_point(entropy: Tensor) -> Tensor:
-    """Nats [n] as integers of 2^-32 nats, below fp32's error: their sum is exact, in any order."""
-    return (entropy.double() * 2.0**32).round().long()
+UNIT = 2.0**-32  # nats
+
+
+def fixed_point(nats: Tensor) -> Tensor:
+    """Nats [n] as integers of 2^-32 nats, below fp32's error: their sum is exact, in any order. It must stay below
+    2^31 nats a sequence."""
+    return (nats.double() / UNIT).round().long()
