@@ -32,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 HEADS = ("logits", "fused")
 REDUCTIONS = ("sequence", "token")
 CUDA_GRAPHS = ("auto", "off")
+HORIZONS = ("constant", "linear", "cosine")
 COMPILE = ("auto", "off")
 RECOMPUTE = ("none", "selective", "full")
 # What one tile of the objective holds by default: a CPU's cache keeps it; a GPU's launches cost little beside it.
@@ -237,6 +238,11 @@ class RolloutConfig:
 
     lmbda: float = 1.0
     max_new_tokens: int = 1024  # of a response
+    # constant | linear | cosine: how max_new_tokens is reached (rollout/horizon.py); the data's responses are not cut
+    horizon: str = "constant"
+    horizon_from: int = 0  # most tokens of a response at the first step; 0: max_new_tokens
+    horizon_to: int = 0  # at the last of horizon_steps and after it; 0: max_new_tokens
+    horizon_steps: int = 0  # 0: max_steps
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
@@ -250,6 +256,34 @@ class RolloutConfig:
         validation.positive(self, "rollout.", "max_new_tokens", "top_p", "batch_size", "reuse", "sync_every")
         validation.one_of("rollout.cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
         validation.not_negative(self, "rollout.", "temperature", "top_k")
+        self._validate_horizon()
+
+    def _validate_horizon(self) -> None:
+        validation.one_of("rollout.horizon", self.horizon, HORIZONS)
+        validation.not_negative(self, "rollout.", "horizon_from", "horizon_to", "horizon_steps")
+        for name in ("horizon_from", "horizon_to", "horizon_steps"):
+            validation.require(
+                self.horizon != "constant" or getattr(self, name) == 0,
+                f"rollout.{name}",
+                getattr(self, name),
+                "rollout.horizon = constant has none: max_new_tokens is the horizon of all steps",
+                "Leave it out, or take linear or cosine.",
+            )
+        for name in ("horizon_from", "horizon_to"):
+            validation.require(
+                getattr(self, name) <= self.max_new_tokens,
+                f"rollout.{name}",
+                getattr(self, name),
+                f"must not exceed rollout.max_new_tokens = {self.max_new_tokens}",
+                "Lower it.",
+            )
+        validation.require(
+            self.horizon == "constant" or self.lmbda > 0,
+            "rollout.horizon",
+            self.horizon,
+            "rollout.lmbda = 0 generates nothing, and the data's responses are not cut",
+            "Leave it out, or raise lmbda.",
+        )
 
 
 @dataclass

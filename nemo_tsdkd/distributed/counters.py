@@ -35,6 +35,11 @@ def step_key(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor
     return fold(fold(root, seed), step)
 
 
+def sample_keys(seed: int, step: int, samples: Tensor) -> Tensor:
+    """The keys, int64 as `samples`, below which all noise of these samples at one step lies."""
+    return fold(step_key(seed, step, samples.device), samples)
+
+
 def uniform(bits: Tensor) -> Tensor:
     """fp32 in (0, 1), fine-grained (2^-63) near 0, where the winners of Gumbel-max are decided."""
     return (bits & (2**63 - 1)).float().mul_(2.0**-63).clamp_(2.0**-64, 1 - 2.0**-24)

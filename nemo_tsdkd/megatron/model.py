@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from nemo_tsdkd.data.batch import MicroBatch
 from nemo_tsdkd.data.dataset import Sample
 from nemo_tsdkd.data.global_batch import GlobalBatch
 from nemo_tsdkd.data.tokenizer import Vocabulary
-from nemo_tsdkd.distributed.counters import fold, step_key
+from nemo_tsdkd.distributed.counters import sample_keys
 from nemo_tsdkd.distributed.groups import long_timeout_group
 from nemo_tsdkd.distributed.job import Job
 from nemo_tsdkd.megatron.checkpoints.load import load_weights
@@ -38,6 +38,7 @@ from nemo_tsdkd.megatron.rollout.generation import generate
 from nemo_tsdkd.megatron.teacher import Teacher
 from nemo_tsdkd.objective import ObjectiveOutput, resolve_objective, tsdkd_loss, tsdkd_loss_from_hidden
 from nemo_tsdkd.objective.tokens import KEY, SeenTokens
+from nemo_tsdkd.rollout.horizon import horizon
 from nemo_tsdkd.rollout.sampling import on_policy
 from nemo_tsdkd.rollout.schedule import Response, interleave
 
@@ -146,7 +147,9 @@ class TSDKDModel(llm.GPTModel):
         each generated all, work would be done twice, and near-equal logits could make their responses differ."""
         cp_group = parallel_state.get_context_parallel_group()
         mine = samples[cp_group.rank() :: cp_group.size()]
-        generated = self.generate(mine, self.train_config.rollout, step, f"step {step + 1}")
+        rollout = self.train_config.rollout
+        rollout = replace(rollout, max_new_tokens=horizon(rollout, step, self.train_config.max_steps))
+        generated = self.generate(mine, rollout, step, f"step {step + 1}")
         parts: list[Any] = [None] * cp_group.size()
         dist.all_gather_object(parts, generated, group=cp_group)
         return interleave(parts)
@@ -259,8 +262,10 @@ class TSDKDModel(llm.GPTModel):
             "cp_group": parallel_state.get_context_parallel_group(),
             "return_seen": self.sees,
             "labels": batch.micro_batch["labels"].t(),
-            "sequence_keys": self._sequence_keys(batch.micro_batch["sample_index"]),
         }
+        if KEY in objective.needs:  # to draw from: the same in every layout and after a resume
+            seed, step = self.train_config.seed, self.trainer.global_step
+            common["sequence_keys"] = sample_keys(seed, step, batch.micro_batch["sample_index"])
         mask = batch.micro_batch["response_mask"].t()
         if objective.config.head == "fused":
             weight = head_weight(student)
@@ -278,13 +283,6 @@ class TSDKDModel(llm.GPTModel):
         student_logits = vocab_parallel_logits(student, hidden)
         # Nothing else reads the logits, and a linear layer's backward needs no output: the gradient may replace them.
         return tsdkd_loss(student_logits, teacher_logits, mask, objective, overwrite_student_logits=True, **common)
-
-    def _sequence_keys(self, sample_index: Tensor) -> Tensor | None:
-        """A key for each sequence, to draw tokens from: the same in every layout and after a resume."""
-        if KEY not in self._objective.needs:
-            return None
-        step = self.trainer.global_step
-        return fold(step_key(self.train_config.seed, step, sample_index.device), sample_index)
 
     @property
     def training_loss_reduction(self) -> MegatronLossReduction:

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from nemo_tsdkd.config.schema import RolloutConfig
 from nemo_tsdkd.data.tokenizer import Vocabulary
-from nemo_tsdkd.distributed.counters import fold, step_key
+from nemo_tsdkd.distributed.counters import sample_keys
 from nemo_tsdkd.distributed.vocab_parallel import group_size
 from nemo_tsdkd.megatron.gpt import vocab_parallel_logits
 from nemo_tsdkd.megatron.rollout.decoding import KVCache, check_model, decoding, used_bucket
@@ -110,11 +110,11 @@ class Decoder:
         if schedule.finished:
             return []
         self._reserve(min(self.rollout_config.batch_size, len(prompts)), schedule.cache_length)
-        sample_keys = fold(step_key(seed, step), torch.tensor(sample_ids))
+        keys = sample_keys(seed, step, torch.tensor(sample_ids))
         with decoding(self.model, self.cache):
             while not schedule.finished:
                 prefills = schedule.admit()
-                self.rows.load(schedule.rows(), sample_keys)
+                self.rows.load(schedule.rows(), keys)
                 for prefill in prefills:
                     self._prefill(prefill)
                 rows, window = len(schedule.live), schedule.window(self.rollout_config.sync_every)
