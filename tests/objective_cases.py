@@ -69,7 +69,8 @@ class Case:
     seed: int = 0
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """student, teacher [S, B, V]; mask [S, B]: ragged responses, and none in the last row of several."""
+        """student, teacher [S, B, V]; mask [S, B]: ragged responses, and none in the last row of several; labels
+        [S, B], which are no token ids outside of the responses; keys, one for each sequence."""
         g = torch.Generator().manual_seed(self.seed)
         shape = (self.steps, self.batch, self.vocab_size)
         student, teacher = (self.scale * torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(2))
@@ -86,7 +87,16 @@ class Case:
             mask[:, -1] = False
         if self.cu_seqlens:
             mask[self.cu_seqlens[-2] :] = False
-        return {"student": student.to(dtype), "teacher": teacher.to(dtype), "mask": mask}
+        labels = torch.randint(0, self.vocab_size, mask.shape, generator=g).masked_fill(~mask, -100)
+        sequences = len(self.cu_seqlens) - 1 if self.cu_seqlens else self.batch
+        keys = torch.randint(-(2**62), 2**62, (sequences,), generator=g)
+        models = {"student": student.to(dtype), "teacher": teacher.to(dtype)}
+        return models | {"mask": mask, "labels": labels, "keys": keys}
+
+    def asked(self, rows: slice | Tensor = slice(None)) -> dict[str, Tensor]:
+        """What rules may look at, as the loss takes it, of some rows of a call."""
+        x = self.tensors(torch.float64)
+        return {"labels": x["labels"][rows], "sequence_keys": x["keys"]}
 
     def hidden(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Hidden states [S, B, H] and weights [V, H] of both models."""
@@ -126,7 +136,8 @@ def expected(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     x = case.tensors(dtype)
     student = x["student"].double().requires_grad_()
     cu = list(case.cu_seqlens) if case.cu_seqlens else None
-    loss = oracle.loss_sum(student, x["teacher"], x["mask"], case.config, case.vocab_size, cu)
+    asked = x["labels"], x["keys"]
+    loss = oracle.loss_sum(student, x["teacher"], x["mask"], case.config, case.vocab_size, cu, *asked)
     loss.backward()
     return loss.detach(), student.grad
 
@@ -137,8 +148,8 @@ def expected_from_hidden(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor
     hidden, weight = x["student_hidden"].requires_grad_(), x["student_weight"].requires_grad_()
     teacher = x["teacher_hidden"] @ x["teacher_weight"].T
     cu = list(case.cu_seqlens) if case.cu_seqlens else None
-    mask = case.tensors(dtype)["mask"]
-    loss = oracle.loss_sum(hidden @ weight.T, teacher, mask, case.config, case.vocab_size, cu)
+    mask, labels, keys = (case.tensors(dtype)[name] for name in ("mask", "labels", "keys"))
+    loss = oracle.loss_sum(hidden @ weight.T, teacher, mask, case.config, case.vocab_size, cu, labels, keys)
     loss.backward()
     return loss.detach(), hidden.grad, weight.grad
 
@@ -178,10 +189,39 @@ def is_decided(case: Case, dtype: torch.dtype) -> bool:
             if count := len(oracle.uncertain_positions(q.tolist(), c.entropy_fraction)):
                 least = q.sort(descending=True).values[count - 1]
                 edges.append(((q - least).abs() / (1 + least) - oracle.SLACK).abs().min())
+    if "tip" in (c.gate_rule, c.opener_rule, c.entropy_rule):
+        edges += tip_edges(case, dtype)
     for q in sequences:
         sums = q.cumsum(0)[:-1] - c.threshold * q.sum()  # the last sum is the whole: no choice hangs on it
         edges += [(sums / (q.sum() + len(q)) + oracle.SLACK).abs().min()] if len(sums) else []
     return all(bool(edge > oracle.SLACK / 4) for edge in edges)
+
+
+def tip_edges(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """How far, in units of SLACK, scores and spreads lie from the edge of what counts as equal; -1 where rounding moves
+    a divergence too far."""
+    x, c, edges = case.tensors(dtype), case.config, []
+    logs = [[(z / c.temperature).double().log_softmax(-1) for z in (x["student"], x["teacher"])]]
+    logs += [[(x[model].double() / c.temperature).log_softmax(-1) for model in ("student", "teacher")]]
+    rounded, exact = (oracle.jsd(*pair, c.beta) for pair in logs)
+    if not bool(((rounded - exact).abs() < oracle.SLACK / 4 * (1 + exact)).all()):
+        return [torch.tensor(-1.0)]
+    entropy, bounds = oracle.entropy(logs[1][0]), case.cu_seqlens or (0, case.steps)
+    for first, end in pairwise(bounds):
+        for b in range(case.batch):
+            mine = x["mask"][first:end, b]
+            h, d = entropy[first:end, b][mine].tolist(), exact[first:end, b][mine].tolist()
+            if not h:
+                continue
+            most = sorted(h)[math.ceil(0.98 * len(h)) - 1]
+            for values in ([min(v, most) for v in h], d):
+                noise = 2 * (1 + max(values))
+                edges.append(torch.tensor(abs((max(values) - min(values)) / noise - oracle.SLACK)))
+            score, margin = oracle.tip_scores(h, d)
+            if margin:
+                least = sorted(score)[-math.ceil(c.tip_fraction * len(h) - 1e-9)]
+                edges += [torch.tensor(abs(abs(v - least) / margin - 1) * oracle.SLACK) for v in score]
+    return edges
 
 
 def presets(**fields) -> dict[str, ObjectiveConfig]:
@@ -199,6 +239,14 @@ def presets(**fields) -> dict[str, ObjectiveConfig]:
         "entropy_only": {"direct_weight": 0.0, "indirect_kd_alpha": 0.0, "entropy_fraction": 0.55},
         "chosen": {"gate_rule": "top_fraction", "entropy_fraction": 0.3, "threshold": 0.4},
         "by_token": {"reduction": "token", "threshold": 0.4},
+        "tip": {"gate_rule": "tip", "opener_rule": "tip", "entropy_rule": "random_share", "tip_fraction": 0.4},
+        "drift": {"gate_rule": "importance_weight", "opener_rule": "prefix", "prefix_tokens": 3, "temperature": 1.3},
+        "sampled": {
+            "gate_rule": "random_share",
+            "random_fraction": 0.4,
+            "entropy_rule": "importance_weight",
+            "beta": 1.0,
+        },
         "whole": {"threshold": 1.0, "entropy_fraction": 1.0, "top_k": 1},
         "registered": {"divergence": "half_square", "extra_terms": {"entropy_gap": 0.3, "squared_divergence": 0.2}},
     }

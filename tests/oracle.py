@@ -7,6 +7,7 @@ Gradients come from autograd.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
 
@@ -58,35 +59,116 @@ def opener_length(h: list[float], c: float) -> int:
 
 
 def uncertain_positions(h: list[float], fraction: float) -> list[int]:
-    count = math.ceil(Fraction(str(fraction)) * len(h))
+    return largest_positions(h, fraction, lambda least: SLACK * (1 + least))
+
+
+def largest_positions(values: list, fraction: float, margin) -> list[int]:
+    """Of the ceil(fraction * L) largest; of those that count as equal to the least of them, the first."""
+    count = math.ceil(Fraction(str(fraction)) * len(values))
     if not count:
         return []
-    least = sorted(h)[-count]
-    above = [i for i, value in enumerate(h) if value > least + SLACK * (1 + least)]
-    tied = [i for i, value in enumerate(h) if abs(value - least) <= SLACK * (1 + least)]
+    least = sorted(values)[-count]
+    above = [i for i, value in enumerate(values) if value > least + margin(least)]
+    tied = [i for i, value in enumerate(values) if abs(value - least) <= margin(least)]
     return above + tied[: count - len(above)]
 
 
-def sequence_terms(z: Tensor, t: Tensor, config) -> dict[str, Tensor]:
-    """The three terms of one response: logits [L, V] of both models, already divided by the temperature."""
+def min_max(values: list[float]) -> tuple[list[float], float]:
+    """Scaled to [0, 1], and by how much two of them may differ and still count as equal."""
+    spread, noise = max(values) - min(values), 2 * SLACK * (1 + max(values))
+    if spread <= noise:
+        return [0.0] * len(values), 0.0
+    return [(value - min(values)) / spread for value in values], noise / spread
+
+
+def tip_scores(h: list[float], d: list[float]) -> tuple[list[float], float]:
+    """Soft-OR of entropy, cut off at its 98th percentile, and divergence; and the margin of equality."""
+    most = sorted(h)[math.ceil(Fraction(98, 100) * len(h)) - 1]
+    (a, a_margin), (b, b_margin) = min_max([min(x, most) for x in h]), min_max(d)
+    return [x + y - x * y for x, y in zip(a, b, strict=True)], a_margin + b_margin
+
+
+def splitmix64(state: int) -> int:
+    """Its output for a state, as published (Steele, Lea, Flood 2014)."""
+    z = state % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def random_positions(key: int, length: int, fraction: float) -> list[int]:
+    """Those with the largest hash, as signed 64 bits, of (key, -1, place)."""
+    golden = 0x9E3779B97F4A7C15
+    own = splitmix64(key)  # the counter -1 adds nothing
+    drawn = [splitmix64(own + (i + 1) * golden) for i in range(length)]
+    signed = [x - 2**64 if x >= 2**63 else x for x in drawn]
+    return sorted(range(length), key=lambda i: -signed[i])[: math.ceil(Fraction(str(fraction)) * length)]
+
+
+def importance_weights(ratio: list[float], gamma: float) -> list[float]:
+    """1 + gamma * (1 - what the tokens before have of the sum of |log t(y) - log s(y)|)."""
+    total = max(math.fsum(ratio), 1e-8)
+    return [1 + gamma * (1 - math.fsum(ratio[:i]) / total) for i in range(len(ratio))]
+
+
+def rule_weights(name: str, seen: dict, config) -> list[float]:
+    """The weight of each of a response's L tokens in a term, which is their weighted sum over L."""
+    h, length = seen["student_entropy"].tolist(), len(seen["student_entropy"])
+    match name:
+        case "confidence":
+            gate = torch.sigmoid((seen["student_entropy"] - seen["teacher_entropy"]) / config.gate_temperature)
+            return gate.tolist()
+        case "identity":
+            return [1.0] * length
+        case "importance_weight":
+            ratio = (seen["teacher_log_probability"] - seen["student_log_probability"]).abs()
+            ratio = ratio.clamp(max=1e4).tolist()  # a token that one model excludes
+            return importance_weights(ratio, config.iw_gamma)
+        case "cumulative_entropy":
+            chosen = list(range(opener_length(h, config.threshold)))
+        case "top_fraction":
+            chosen = uncertain_positions(h, config.entropy_fraction)
+        case "tip":
+            score, margin = tip_scores(h, seen["divergence"].tolist())
+            chosen = largest_positions(score, config.tip_fraction, lambda least: margin)
+        case "prefix":
+            chosen = list(range(min(config.prefix_tokens, length)))
+        case "random_share":
+            chosen = random_positions(seen["key"], length, config.random_fraction)
+    return [length / len(chosen) * (i in chosen) for i in range(length)]
+
+
+def sequence_terms(z: Tensor, t: Tensor, config, labels: Tensor | None = None, key: int = 0) -> dict[str, Tensor]:
+    """The terms of one response: logits [L, V] of both models, already divided by the temperature.
+
+    `labels` [L] are the response's tokens and `key` is its sequence's key, for the rules that look at them.
+    """
     log_s, log_t = z.log_softmax(-1), t.log_softmax(-1)
     h_s, h_t = entropy(log_s), entropy(log_t)
-    h = h_s.detach().tolist()
-    gate = torch.sigmoid((h_s.detach() - h_t) / config.gate_temperature)
-    opener = range(opener_length(h, config.threshold))
-    ranked = [plackett_luce(z[i], teacher_ranking(z[i].detach(), t[i], config.top_k)) for i in opener]
-    chosen = uncertain_positions(h, config.entropy_fraction)
-    if config.gate_rule == "top_fraction":  # chooses instead of weighing
-        gate = h_s.new_zeros(len(h)).index_fill(
-            0, torch.tensor(chosen, dtype=torch.int64), len(h) / max(len(chosen), 1)
-        )
     beta = {"forward_kl": 0, "reverse_kl": 1}.get(config.preset, config.beta)
     is_square = config.divergence == "half_square"
     divergence = (log_s.exp() - log_t.exp()).square().sum(-1) / 2 if is_square else jsd(log_s, log_t, beta)
+    seen = {"student_entropy": h_s.detach(), "teacher_entropy": h_t, "divergence": divergence.detach(), "key": key}
+    if labels is not None:
+        row = torch.arange(len(z))
+        seen |= {
+            "student_log_probability": log_s.detach()[row, labels],
+            "teacher_log_probability": log_t[row, labels],
+        }
+
+    def mean(name: str, value: Callable[[int], Tensor]) -> Tensor:
+        weights = rule_weights(name, seen, config)
+        parts = [weight * value(i) for i, weight in enumerate(weights) if weight]
+        return torch.stack(parts).sum() / len(z) if parts else z.new_zeros(())
+
+    def ranked(i: int) -> Tensor:
+        return plackett_luce(z[i], teacher_ranking(z[i].detach(), t[i], config.top_k))
+
+    gated = config.preset == "paper"
     return {
-        "direct": ((gate if config.preset == "paper" else 1) * divergence).mean(),
-        "indirect": torch.stack(ranked).mean(),
-        "entropy": h_s[chosen].mean() if chosen else z.new_zeros(()),
+        "direct": mean(config.gate_rule if gated else "identity", lambda i: divergence[i]),
+        "indirect": mean(config.opener_rule, ranked),
+        "entropy": mean(config.entropy_rule, lambda i: h_s[i]),
         "entropy_gap": (h_s - h_t).square().mean(),  # this and the next: what the tests register
         "squared_divergence": divergence.square().mean(),
     }
@@ -120,10 +202,13 @@ def reference_loss(z: Tensor, t: Tensor, mask: Tensor, config) -> Tensor:
     return weighted({"direct": direct, "indirect": indirect, "entropy": h_s[chosen].mean()}, config)
 
 
-def loss_sum(student: Tensor, teacher: Tensor, mask: Tensor, config, vocab_size: int, cu_seqlens=None) -> Tensor:
+def loss_sum(
+    student: Tensor, teacher: Tensor, mask: Tensor, config, vocab_size: int, cu_seqlens=None, labels=None, keys=None
+) -> Tensor:
     """Sum over sequences of the loss. Logits [S, B, V], mask [S, B]; columns from vocab_size on are padding.
 
-    `cu_seqlens` are the bounds of sequences packed in the one row.
+    `cu_seqlens` are the bounds of sequences packed in the one row, `labels` [S, B] the tokens that the positions
+    predict and `keys` one integer for each sequence, row by row, for the rules that look at them.
     """
     z = student[..., :vocab_size].double() / config.temperature
     t = teacher[..., :vocab_size].double() / config.temperature
@@ -132,10 +217,11 @@ def loss_sum(student: Tensor, teacher: Tensor, mask: Tensor, config, vocab_size:
         return reference_loss(z, t, mask, config) * mask.any(1).sum()
     total = z[:0].sum()
     bounds = cu_seqlens or [0, len(mask)]
-    for first, end in pairwise(bounds):
+    for i, (first, end) in enumerate(pairwise(bounds)):
         for b in range(mask.shape[1]):
             rows = torch.arange(first, end)[mask[first:end, b]]
             if len(rows):
                 weight = len(rows) if config.reduction == "token" else 1
-                total = total + weight * weighted(sequence_terms(z[rows, b], t[rows, b], config), config)
+                asked = None if labels is None else labels[rows, b], 0 if keys is None else int(keys[max(i, b)])
+                total = total + weight * weighted(sequence_terms(z[rows, b], t[rows, b], config, *asked), config)
     return total

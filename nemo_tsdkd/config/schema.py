@@ -262,21 +262,13 @@ class RolloutConfig:
         validation.one_of("rollout.horizon", self.horizon, HORIZONS)
         validation.not_negative(self, "rollout.", "horizon_from", "horizon_to", "horizon_steps")
         for name in ("horizon_from", "horizon_to", "horizon_steps"):
+            field, value = f"rollout.{name}", getattr(self, name)
+            rule = "rollout.horizon = constant has none: all steps have max_new_tokens"
             validation.require(
-                self.horizon != "constant" or getattr(self, name) == 0,
-                f"rollout.{name}",
-                getattr(self, name),
-                "rollout.horizon = constant has none: max_new_tokens is the horizon of all steps",
-                "Leave it out, or take linear or cosine.",
+                value == 0 or self.horizon != "constant", field, value, rule, "Leave it out, or take linear or cosine."
             )
-        for name in ("horizon_from", "horizon_to"):
-            validation.require(
-                getattr(self, name) <= self.max_new_tokens,
-                f"rollout.{name}",
-                getattr(self, name),
-                f"must not exceed rollout.max_new_tokens = {self.max_new_tokens}",
-                "Lower it.",
-            )
+            rule = f"must not exceed rollout.max_new_tokens = {self.max_new_tokens}"
+            validation.require(value <= self.max_new_tokens or name == "horizon_steps", field, value, rule, "Lower it.")
         validation.require(
             self.horizon == "constant" or self.lmbda > 0,
             "rollout.horizon",

@@ -26,6 +26,4 @@ def horizon(rollout: RolloutConfig, step: int, max_steps: int) -> int:
     if rollout.horizon == "linear":
         return first + (2 * (last - first) * step + steps) // (2 * steps)
     grown = (last - first) * (1 - math.cos(math.pi * step / steps)) / 2
-    return first + math.floor(
-        round(grown, 6) + 0.5
-    )  # the cosine's last digit, which libraries differ by, decides nothing
+    return first + math.floor(round(grown, 6) + 0.5)  # the last digits, in which libraries differ, decide nothing

@@ -48,7 +48,9 @@ def part(case: Case, tp_group, cp_group):
 
 def call_fields(case: Case, tp_group, cp_group) -> dict:
     cu_seqlens = torch.tensor(case.cu_seqlens) if case.cu_seqlens else None
-    return {"vocab_size": case.vocab_size, "tp_group": tp_group, "cp_group": cp_group, "cu_seqlens": cu_seqlens}
+    groups = {"tp_group": tp_group, "cp_group": cp_group}
+    rows, *_ = part(case, tp_group, cp_group)
+    return {"vocab_size": case.vocab_size, "cu_seqlens": cu_seqlens} | groups | case.asked(rows)
 
 
 def logits_errors(case: Case, dtype: torch.dtype, tp_group, cp_group) -> tuple[float, float]:
@@ -128,7 +130,7 @@ def rule_differences(tp: int, cp: int) -> dict[str, float]:
                 case = Case(config, steps=40, batch=1 if bounds else 3, cu_seqlens=bounds, ties=True)
                 x = case.tensors(torch.float64)
                 cu_seqlens = torch.tensor(bounds) if bounds else None
-                asked = {"cu_seqlens": cu_seqlens, "return_seen": True}
+                asked = {"cu_seqlens": cu_seqlens, "return_seen": True} | case.asked()
                 whole = tsdkd_loss(x["student"], x["teacher"], x["mask"], config, **asked)
                 rows, width, _ = part(case, tp_group, cp_group)
                 student, teacher = (
@@ -169,7 +171,12 @@ class Collectives(TorchDispatchMode):
 
 
 CONFIG = ObjectiveConfig(top_k=3, tile_logits=35, threshold=0.2)
-COUNTED = {"even": Case(CONFIG, steps=32, batch=1), "uneven": Case(CONFIG, steps=32, batch=1, teacher_padding=1)}
+ASKING = replace(CONFIG, gate_rule="importance_weight", entropy_rule="tip")
+COUNTED = {
+    "even": Case(CONFIG, steps=32, batch=1),
+    "uneven": Case(CONFIG, steps=32, batch=1, teacher_padding=1),
+    "asking": Case(ASKING, steps=32, batch=1),
+}
 
 
 def count_collectives(name: str, path: str) -> tuple[list, list, int]:
@@ -177,7 +184,7 @@ def count_collectives(name: str, path: str) -> tuple[list, list, int]:
     case, group, tp, rank = COUNTED[name], dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     x = case.tensors(torch.float32) | case.hidden(torch.float32)
     width, wide = case.width(tp, case.student_padding), case.width(tp, case.teacher_padding)
-    fields = {"vocab_size": case.vocab_size, "tp_group": group}
+    fields = {"vocab_size": case.vocab_size, "tp_group": group} | case.asked()
     if path == "logits":
         call = tsdkd_loss
         student = [cases.vocab_shard(x["student"], -1, width, rank, tp).requires_grad_()]
@@ -203,16 +210,20 @@ def count_all() -> dict[tuple[str, str], tuple[list, list, int]]:
 
 def test_collectives_are_as_many_and_as_large_as_docs_math_states():
     counted = [(rank, *key, *seen) for rank, each in enumerate(run_ranks(count_all, 2)) for key, seen in each.items()]
-    assert len(counted) == 12
+    assert len(counted) == 18
     for rank, name, path, forward, backward, m in counted:
         case = COUNTED[name]
         n, hidden = int(case.tensors(torch.float32)["mask"].sum()), case.steps * case.student_size
         assert 1 < m < n / 2
+        asks = name == "asking"
+        candidates = [("_allgather_base_", 2 * m * case.config.top_k)]  # of the opener
+        divergence = [
+            ("allreduce_", 2 * n)
+        ]  # its two sums; before the choice where a rule looks at it, and never twice
         objective = [
             ("allreduce_", 2 * n),  # maxima of both models
-            ("allreduce_", 4 * n),  # masses and moments of both models
-            ("_allgather_base_", 2 * m * case.config.top_k),  # candidates of the opener
-            ("allreduce_", 2 * n),  # the divergence's two sums
+            ("allreduce_", 6 * n if asks else 4 * n),  # masses and moments of both models; logits of the sampled token
+            *(divergence + candidates if asks else candidates + divergence),
         ]
         # The vocabulary's 41 ids are 21 + 20 in the student's shards and 22 + 19 in the teacher's: one column moves.
         edge = n if path == "logits" else case.teacher_size
@@ -225,22 +236,32 @@ def test_collectives_are_as_many_and_as_large_as_docs_math_states():
         assert backward == after
 
 
-def count_over_context() -> tuple[list, list]:
+def count_over_context(config: ObjectiveConfig) -> tuple[list, list]:
     """Collectives of the forward and of the backward where two ranks share the sequences alone."""
-    case, group = Case(), dist.group.WORLD
+    case, group = Case(config), dist.group.WORLD
     rows = cases.sequence_shard(case.steps, None, group.rank(), 2)
     x = case.tensors(torch.float32)
     with Collectives() as forward:
         out = tsdkd_loss(
-            x["student"][rows].requires_grad_(), x["teacher"][rows], x["mask"][rows], case.config, cp_group=group
+            x["student"][rows].requires_grad_(),
+            x["teacher"][rows],
+            x["mask"][rows],
+            case.config,
+            cp_group=group,
+            **case.asked(rows),
         )
     with Collectives() as backward:
         out.loss_sum.backward()
     return forward.seen, backward.seen
 
 
+def count_both_over_context() -> list[tuple[list, list]]:
+    return [count_over_context(config) for config in (ObjectiveConfig(), ASKING)]
+
+
 def test_context_parallel_collectives_are_those_that_docs_math_states():
     case = Case()
-    for forward, backward in run_ranks(count_over_context, 2):
-        assert forward == [("_allgather_base_", 4 * case.steps * case.batch // 2), ("allreduce_", 9)]
-        assert backward == []
+    for counted in run_ranks(count_both_over_context, 2):
+        for numbers, (forward, backward) in zip((4, 7), counted, strict=True):
+            assert forward == [("_allgather_base_", numbers * case.steps * case.batch // 2), ("allreduce_", 9)]
+            assert backward == []

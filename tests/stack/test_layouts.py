@@ -185,12 +185,14 @@ def test_how_a_batch_is_cut_and_kept_changes_nothing(change, root, alone, tmp_pa
 def test_on_policy_steps_equal_those_of_one_process(root, tmp_path):
     """The student's own responses too: its noise knows seed, step and sample, not ranks. The loss is the mean over the
     tokens of the global batch, which four micro-batches, or two on each of two data-parallel ranks, share unevenly, and
-    micro-batches by a token budget, too."""
+    micro-batches by a token budget, too. Its rules look at all that rules may look at, and the horizon grows."""
     found = []
     for world_size, parallel, tokens in ((1, {}, 0), (4, {TP: 2, SP: True}, 0), (4, {TP: 2, RECOMPUTE: "full"}, 144)):
         run_dir = tmp_path / str(len(found))
         config = tiny_run.config(root, run_dir, world_size, lmbda=1.0, **parallel)
-        config.objective.reduction = "token"
+        config.objective.reduction, config.objective.gate_rule = "token", "importance_weight"
+        config.objective.entropy_rule, config.objective.opener_rule = "tip", "random_share"
+        config.rollout.horizon, config.rollout.horizon_from = "linear", 4
         if tokens:
             config.micro_batch_size, config.micro_batch_tokens = 1, tokens
         outcomes = ranks.run_ranks(run_watched, world_size, config)
@@ -198,6 +200,9 @@ def test_on_policy_steps_equal_those_of_one_process(root, tmp_path):
         found.append(outcomes[0][:2])
     compare(*found[1], *found[0])
     compare(*found[2], *found[0])
+    longest = [step["response_length_p95"] for step in found[0][0]]
+    assert all(length <= horizon for length, horizon in zip(longest, (4, 7, 10, 13, 16), strict=True))
+    assert longest[0] == 4 and max(longest) > 10
 
 
 @pytest.mark.parametrize("layout", [None, "tp2_pp2_sp"])

@@ -11,6 +11,7 @@ import tiny_run
 import torch
 
 from nemo_tsdkd.checkpoints.manifest import newest_complete, step_folder
+from nemo_tsdkd.config.schema import RolloutConfig
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.data.dataset import Sample
 from nemo_tsdkd.data.tokenizer import Vocabulary
@@ -177,7 +178,7 @@ def shared_out() -> list[list[int]]:
         return [Response([rank, i, *prompt], False) for i, prompt in zip(sample_ids, prompts, strict=True)]
 
     parallel_state.initialize_model_parallel(context_parallel_size=2)
-    train_config = SimpleNamespace(rollout=None, seed=1, data=SimpleNamespace(seq_length=9))
+    train_config = SimpleNamespace(rollout=RolloutConfig(), max_steps=1, seed=1, data=SimpleNamespace(seq_length=9))
     vocabulary = Vocabulary(9, 0, (1,))
     student = SimpleNamespace(
         train_config=train_config, module=None, vocabulary=vocabulary, long_timeout_group=long_timeout_group()

@@ -184,6 +184,17 @@ def test_ranks_that_share_no_batch_may_be_any_number():
         ("rollout.temperature=-1", "rollout.temperature = -1.0"),
         ("rollout.reuse=0", "rollout.reuse = 0"),
         ("rollout.sync_every=0", "rollout.sync_every = 0"),
+        ("rollout.horizon=step", "rollout.horizon = 'step': must be one of constant, linear, cosine"),
+        ("rollout.horizon_from=4", "rollout.horizon_from = 4: rollout.horizon = constant has none"),
+        ("rollout.horizon=linear rollout.horizon_from=-4", "rollout.horizon_from = -4: must not be negative"),
+        (
+            "rollout.horizon=linear rollout.horizon_from=17",
+            "rollout.horizon_from = 17: must not exceed rollout.max_new_tokens = 16",
+        ),
+        (
+            "rollout.horizon=cosine rollout.horizon_from=4 rollout.lmbda=0",
+            "rollout.horizon = 'cosine': rollout.lmbda = 0 generates nothing",
+        ),
         ("rollout.cuda_graphs=on", "rollout.cuda_graphs = "),
         ("rollout.max_new_tokens=64", "rollout.max_new_tokens = 64: must be fewer than data.seq_length = 64"),
         ("optim.lr=0", "optim.lr = 0.0"),

@@ -310,6 +310,8 @@ def require_padded(batch, rows, multiple):
         assert batch["position_ids"][b].tolist() == list(range(width))
         predicted = batch["tokens"][b].roll(-1)[batch["response_mask"][b]]
         assert predicted.tolist() == response
+        assert batch["labels"][b, :-1].tolist() == batch["tokens"][b, 1:].tolist()
+        assert batch["labels"][b][batch["response_mask"][b]].tolist() == response
 
 
 @settings(deadline=None)

@@ -13,7 +13,7 @@ from objective_cases import Case
 
 from nemo_tsdkd.config.schema import PRESETS
 from nemo_tsdkd.distributed.vocab_parallel import top_k_by_id
-from nemo_tsdkd.objective import ObjectiveConfig, function, tsdkd_loss, tsdkd_loss_from_hidden
+from nemo_tsdkd.objective import ObjectiveConfig, function, observe, tsdkd_loss, tsdkd_loss_from_hidden
 
 CONFIGS = cases.presets(top_k=5)
 
@@ -29,7 +29,8 @@ def logits_call(case: Case, dtype: torch.dtype, **fields):
     student.requires_grad_()
     if case.cu_seqlens:
         fields["cu_seqlens"] = torch.tensor(case.cu_seqlens)
-    out = tsdkd_loss(student, teacher, x["mask"], case.config, vocab_size=case.vocab_size, **fields)
+    fields |= case.asked() | {"vocab_size": case.vocab_size}
+    out = tsdkd_loss(student, teacher, x["mask"], case.config, **fields)
     out.loss_sum.backward()
     return out, student.grad[..., : case.vocab_size], student.grad[..., case.vocab_size :]
 
@@ -42,7 +43,7 @@ def fused_call(case: Case, x: dict[str, torch.Tensor], mask: torch.Tensor):
     )
     hidden, weight = x["student_hidden"].requires_grad_(), weight.requires_grad_()
     bounds = torch.tensor(case.cu_seqlens) if case.cu_seqlens else None
-    fields = {"vocab_size": case.vocab_size, "cu_seqlens": bounds}
+    fields = {"vocab_size": case.vocab_size, "cu_seqlens": bounds, **case.asked()}
     out = tsdkd_loss_from_hidden(hidden, weight, x["teacher_hidden"], teacher_weight, mask, case.config, **fields)
     out.loss_sum.backward()
     return out, hidden.grad, weight.grad[: case.vocab_size], weight.grad[case.vocab_size :]
@@ -168,10 +169,12 @@ def test_the_metrics_are_what_the_oracle_sees():
 
 
 @pytest.mark.parametrize("head", ["logits", "fused"])
-@pytest.mark.parametrize("name", ["paper", "chosen", "indirect_only", "entropy_only", "gkd"])
+@pytest.mark.parametrize("name", ["paper", "chosen", "indirect_only", "entropy_only", "gkd", "looking"])
 def test_only_tokens_with_weight_are_computed(name, head, monkeypatch):
-    """Rows that the divergence sees in the forward and in the backward, and rows that propose candidates."""
+    """Rows that the divergence sees in the forward and in the backward, and rows that propose candidates. Where a rule
+    looks at divergences, these are all rows, once. Nobody looks at sampled tokens."""
     rows: dict[str, set] = {"sums": set(), "grad": set(), "candidates": set()}
+    tiles = []
     plain = function.divergence
 
     def watched(config):
@@ -179,6 +182,7 @@ def test_only_tokens_with_weight_are_computed(name, head, monkeypatch):
         sums_, grad_ = rule.sums_, rule.grad_
 
         def sums(log_s, log_t):
+            tiles.append(len(log_s))
             rows["sums"].update(map(tuple, log_s[:, :3].round(decimals=6).tolist()))
             return sums_(log_s, log_t)
 
@@ -194,8 +198,11 @@ def test_only_tokens_with_weight_are_computed(name, head, monkeypatch):
         return top_k_by_id(student, k)
 
     monkeypatch.setattr(function, "divergence", watched)
+    monkeypatch.setattr(observe, "divergence", watched)
+    monkeypatch.setattr(observe, "_logits_at", lambda *args: pytest.fail("the sampled tokens' logits were read"))
     monkeypatch.setattr(function, "top_k_by_id", proposing)
-    case = Case(replace(CONFIGS[name], tile_logits=100_000))
+    configs = CONFIGS | {"looking": ObjectiveConfig(gate_rule="prefix", prefix_tokens=2, entropy_rule="tip", top_k=5)}
+    case = Case(replace(configs[name], tile_logits=100_000))
     if head == "logits":
         out, *_ = logits_call(case, torch.float64)
         x = case.tensors(torch.float64)["student"]
@@ -204,14 +211,18 @@ def test_only_tokens_with_weight_are_computed(name, head, monkeypatch):
         out, *_ = fused_call(case, x, case.tensors(torch.float64)["mask"])
         x = x["student_hidden"].detach() @ x["student_weight"].T
     config, mask = case.config.resolved(), case.tensors(torch.float64)["mask"]
-    openers = chosen = 0
+    openers = chosen = first = 0
     for b in range(case.batch - 1):
         h = oracle.entropy((x[mask[:, b], b] / config.temperature).log_softmax(-1)).tolist()
         openers += oracle.opener_length(h, config.threshold)
         chosen += len(oracle.uncertain_positions(h, config.entropy_fraction))
+        first += min(2, len(h))
     n = int(mask.sum())
-    compared = {"paper": n, "gkd": n, "chosen": chosen}.get(name, 0)
-    assert len(rows["sums"]) == compared
+    compared = {"paper": n, "gkd": n, "chosen": chosen, "looking": first}.get(name, 0)
+    assert len(rows["sums"]) == sum(tiles) == (n if name == "looking" else compared)
+    if name == "looking":  # the backward reads the teacher for all tokens with a gradient
+        assert first < len(rows["grad"]) < n
+        return
     assert len(rows["candidates"]) == (openers if config.indirect_kd_alpha else 0)
     assert compared <= len(rows["grad"]) <= (compared and compared + openers)
     terms = {"direct": config.direct_weight, "indirect": config.indirect_kd_alpha, "entropy": config.entropy_weight}

@@ -51,6 +51,34 @@ LOGITS_ERRORS = {
         "objective.reduction = 'token': objective.preset = reference sets it to sequence",
     ),
     "no_reduction": ({"config": ObjectiveConfig(reduction="batch")}, "objective.reduction = 'batch': must be one of"),
+    "no_labels": (
+        {"config": ObjectiveConfig(gate_rule="importance_weight")},
+        r"labels = None: a rule of the configuration looks at the probability of each response token. Pass labels",
+    ),
+    "labels_shape": (
+        {"config": ObjectiveConfig(gate_rule="importance_weight"), "labels": MASK.long()[:7]},
+        r"labels have shape \(7, 2\) and dtype torch.int64: must be integers of shape \(8, 2\), as response_mask",
+    ),
+    "labels_type": (
+        {"config": ObjectiveConfig(gate_rule="importance_weight"), "labels": MASK},
+        r"labels have shape \(8, 2\) and dtype torch.bool: must be integers",
+    ),
+    "labels_range": (
+        {"config": ObjectiveConfig(gate_rule="importance_weight"), "labels": 12 * MASK.long()},
+        "labels hold ids from 12 to 12 where response_mask is true: must lie in 0 to 11, the vocabulary",
+    ),
+    "no_keys": (
+        {"config": ObjectiveConfig(opener_rule="random_share")},
+        "sequence_keys = None: a rule of the configuration draws tokens at random. Pass one int64 key",
+    ),
+    "keys": (
+        {"config": ObjectiveConfig(opener_rule="random_share"), "sequence_keys": torch.arange(3)},
+        r"sequence_keys have shape \(3,\) and dtype torch.int64: must be int64 of shape \(2,\)",
+    ),
+    "prefix": ({"config": ObjectiveConfig(prefix_tokens=0)}, "objective.prefix_tokens = 0: must be greater than 0"),
+    "gamma": ({"config": ObjectiveConfig(iw_gamma=-0.5)}, "objective.iw_gamma = -0.5: must not be negative"),
+    "tip": ({"config": ObjectiveConfig(tip_fraction=1.5)}, r"objective.tip_fraction = 1.5: must lie in \[0, 1\]"),
+    "random": ({"config": ObjectiveConfig(random_fraction=-1.0)}, r"objective.random_fraction = -1.0: must lie in"),
     "packed_batch": ({"cu_seqlens": torch.tensor([0, 8])}, "cu_seqlens with 2 rows: a packed call holds one row"),
 }
 
@@ -105,6 +133,15 @@ def test_a_resolved_objective_is_checked_once_for_all_calls(monkeypatch):
         tsdkd_loss(STUDENT, TEACHER, MASK, resolved, vocab_size=3)  # the vocabulary is the call's, not the objective's
     monkeypatch.setattr(ObjectiveConfig, "validate", lambda self: pytest.fail("checked again"))
     assert tsdkd_loss(STUDENT, TEACHER, MASK, resolved).metrics == expected.metrics
+
+
+def test_the_fused_head_asks_for_what_a_rule_looks_at():
+    for config, message in (
+        (ObjectiveConfig(gate_rule="importance_weight"), "labels = None: a rule"),
+        (ObjectiveConfig(gate_rule="random_share"), "sequence_keys = None: a rule"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tsdkd_loss_from_hidden(HIDDEN, WEIGHT, HIDDEN, WEIGHT, MASK, config)
 
 
 def test_the_fused_head_checks_hidden_states_and_weights():
