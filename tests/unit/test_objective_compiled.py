@@ -10,7 +10,7 @@ from objective_cases import TOLERANCE, Case
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nemo_tsdkd.objective import ObjectiveConfig, function, passes, tsdkd_loss, tsdkd_loss_from_hidden
+from nemo_tsdkd.objective import ObjectiveConfig, function, observe, passes, tsdkd_loss, tsdkd_loss_from_hidden
 from nemo_tsdkd.objective.terms import ForwardKL, JensenShannon, ReverseKL, SoftmaxSums
 
 pytest.importorskip("triton", reason="the extra `compile` is not installed")
@@ -61,11 +61,16 @@ def test_more_kernels_would_be_counted_and_operators_of_others_found():
         fake_cuda.kernels(torch.compile(lambda x: x.exp().sort(-1).values), x)
 
 
+def compile_passes(monkeypatch) -> None:
+    for module in (observe, function):  # forward, backward
+        monkeypatch.setattr(module, "passes", passes.compiled_passes)
+
+
 @pytest.mark.parametrize("name", ["paper", "forward_kl"])
 def test_compiled_passes_equal_the_oracle(monkeypatch, name):
     """Within the tolerance of the eager passes in fp32: the compiler reorders sums and fuses a multiply with an add,
     which moves a result by as few ulps as another tile does. Built for the CPU; only the kernels' language differs."""
-    monkeypatch.setattr(function, "passes", passes.compiled_passes)
+    compile_passes(monkeypatch)
     case = Case(replace(cases.presets(top_k=4)[name], temperature=0.7), student_padding=3)
     compare(in_tiles(case))
     compare(in_tiles(replace(case, seed=1, steps=11, config=replace(case.config, temperature=1.3))))
@@ -93,7 +98,7 @@ def compare(case: Case) -> None:
 
 
 def test_compiled_passes_of_the_fused_head_equal_the_oracle(monkeypatch):
-    monkeypatch.setattr(function, "passes", passes.compiled_passes)
+    compile_passes(monkeypatch)
     case = Case(ObjectiveConfig(preset="reverse_kl", tile_logits=600))
     x, mask = case.hidden(torch.float32), case.tensors(torch.float32)["mask"]
     trained = [x[name].requires_grad_() for name in ("student_hidden", "student_weight")]
