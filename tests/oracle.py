@@ -135,7 +135,7 @@ def rule_weights(name: str, seen: dict, config) -> list[float]:
             chosen = list(range(min(config.prefix_tokens, length)))
         case "random_share":
             chosen = random_positions(seen["key"], length, config.random_fraction)
-    return [length / len(chosen) * (i in chosen) for i in range(length)]
+    return [length / len(chosen) if i in chosen else 0.0 for i in range(length)]
 
 
 def sequence_terms(z: Tensor, t: Tensor, config, labels: Tensor | None = None, key: int = 0) -> dict[str, Tensor]:
