@@ -89,6 +89,7 @@ def test_a_run_s_metrics_and_weights_equal_those_without(layout, root, tmp_path)
             setattr(config.teacher.parallel, field, value)
         config.max_steps, config.data.seq_length = 3, 128
         config.precision.name = config.teacher.precision = "bf16"
+        config.objective.gate_rule = "importance_weight"  # sums up along whole sequences
         outcomes[name] = run(config)[0]
     # Choices (openers, most uncertain tokens, the teacher's order) may tip at near-ties of bf16's entropies.
     # Adam's first steps are as long for a gradient near its rounding as for any other: hence the width of the last.

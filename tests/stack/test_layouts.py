@@ -107,13 +107,16 @@ def compare_validation(steps: list[dict], run_dir: Path, validated: tuple) -> No
 
 
 def run_watched(config: TrainConfig) -> tuple[list[dict], dict[str, torch.Tensor], dict[str, list]]:
-    """As `run`, and what this rank did: the shape of each micro-batch, and how often it recomputed a part."""
+    """As `run`, and what this rank did: the shape of each micro-batch, how often it recomputed a part, the responses of
+    its replica's steps, and what the loss took for them."""
     from megatron.core.tensor_parallel.random import CheckpointFunction
 
-    from nemo_tsdkd.megatron.model import TSDKDModel
+    from nemo_tsdkd.megatron import model as module
 
-    seen: dict[str, list] = {"shapes": [], "recomputed": []}
+    TSDKDModel = module.TSDKDModel
+    seen: dict[str, list] = {"shapes": [], "recomputed": [], "responses": [], "labels": []}
     forward_step, backward = TSDKDModel.forward_step, CheckpointFunction.backward
+    respond, losses = TSDKDModel.respond, (module.tsdkd_loss, module.tsdkd_loss_from_hidden)
 
     def watched_step(self, batch):
         seen["shapes"].append(tuple(batch.micro_batch["tokens"].shape))
@@ -123,9 +126,24 @@ def run_watched(config: TrainConfig) -> tuple[list[dict], dict[str, torch.Tensor
         seen["recomputed"].append(ctx.run_function)
         return backward(ctx, *grads)
 
+    def watched_respond(self, samples, step):
+        responses = respond(self, samples, step)
+        seen["responses"] += [r.token_ids for r in responses]
+        return responses
+
+    def watched(loss):
+        def call(*args, labels, **fields):
+            mask = args[-2]
+            seen["labels"] += [labels[mask[:, b], b].tolist() for b in range(mask.shape[1])]
+            return loss(*args, labels=labels, **fields)
+
+        return call
+
     TSDKDModel.forward_step, CheckpointFunction.backward = watched_step, staticmethod(watched_backward)
+    TSDKDModel.respond = watched_respond
+    module.tsdkd_loss, module.tsdkd_loss_from_hidden = map(watched, losses)
     steps, weights = run(config)
-    return steps, weights, {"shapes": seen["shapes"], "recomputed": [len(seen["recomputed"])]}
+    return steps, weights, seen | {"recomputed": [len(seen["recomputed"])]}
 
 
 # Ranks, layout, `parallel.recompute`, `micro_batch_tokens`, the teacher's own layout.
@@ -155,12 +173,15 @@ def test_recompute_and_a_token_budget_change_nothing(name, root, alone, tmp_path
 
 
 def require_used(config: TrainConfig, seen: list[dict[str, list]]) -> None:
-    """Both levers had the effect that is asked for, on every rank."""
+    """Both levers had the effect that is asked for, on every rank; the loss's labels are the responses."""
     layers = 2 // config.parallel.pipeline_model_parallel_size
     (count,) = {len(rank["shapes"]) for rank in seen}  # equal on all ranks
     rows = config.max_steps * config.global_batch_size // config.data_parallel_size
     assert all(rank["recomputed"] == [count * layers * PARTS[config.parallel.recompute]] for rank in seen)
     assert all(sum(n for n, _ in rank["shapes"]) == rows for rank in seen)
+    last_stages = [rank for rank in seen if rank["labels"]]
+    assert len(last_stages) == len(seen) // config.parallel.pipeline_model_parallel_size
+    assert all(sorted(rank["labels"]) == sorted(rank["responses"]) for rank in last_stages)
     if config.micro_batch_tokens:
         assert all(n * width <= config.micro_batch_tokens for rank in seen for n, width in rank["shapes"])
         assert len({n for rank in seen for n, _ in rank["shapes"]}) > 1  # fewer rows where they are longer
