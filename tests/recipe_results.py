@@ -25,7 +25,8 @@ def loss(**fields):
     """(output, gradient, student logits, teacher logits) of 16 response tokens in fp64."""
     g = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(16, 1, 11, generator=g, dtype=torch.float64) for _ in range(2))
-    out = tsdkd_loss(student.requires_grad_(), teacher, torch.ones(16, 1), ObjectiveConfig(top_k=3, **fields))
+    config, labels = ObjectiveConfig(top_k=3, **fields), torch.arange(16)[:, None] % 11
+    out = tsdkd_loss(student.requires_grad_(), teacher, torch.ones(16, 1), config, labels=labels)
     out.loss.backward()
     return out, student.grad, student, teacher
 
@@ -52,10 +53,11 @@ def refusal(call, *args):
 
 
 def main(models: Path) -> dict:
-    out, *_ = loss(opener_rule="first_tokens", extra_terms={"entropy_gap": 0.1})
+    out, _, _, teacher = loss(opener_rule="surprising", extra_terms={"entropy_gap": 0.1})
     plain, *_ = loss()
     seen = {
         "opener_fraction": float(out.metrics["opener_fraction"]),
+        "unlikely": [float(teacher[i, 0].softmax(-1)[i % 11]) < 1 / 8 for i in range(16)],
         "reported": sorted(out.metrics.keys() - plain.metrics.keys() | {"divergence"} & plain.metrics.keys()),
         "required": "divergence" in Metrics._fields and "divergence" in REQUIRED,
         "half_square": against_autograd(

@@ -120,7 +120,8 @@ class SeenTokens:
 
 
 # Sums in another order, over other shards or tiles, move an entropy H by up to 2^-21 (1 + H) nats in fp32 (largest of
-# 64 rows of 152,064 logits at five scales, cut for TP 1 to 8). What lies closer together counts as equal.
+# 64 rows of 152,064 logits at five scales, cut for TP 1 to 8), and a divergence by no more. What lies closer together
+# counts as equal.
 SLACK = 2.0**-19
 
 
