@@ -15,7 +15,7 @@ from typing import Any
 from nemo_tsdkd.config.validation import UserError
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_DEFAULT_THETA = 10_000.0  # of all three architectures, in transformers 4 and 5
+_DEFAULT_THETA = 10_000.0  # of all these architectures, in transformers 4 and 5
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _CARRIED_OVER = {
@@ -59,11 +59,15 @@ class Architecture:
 
     Attributes:
         name: transformers' class.
+        sizes: settings that must be whole numbers above 0.
+        carried_over: other settings that the import reads.
         only: settings, each with the only supported value; null means the same.
         harmless: settings that the logits do not depend on.
     """
 
     name: str
+    sizes: tuple[str, ...] = ()
+    carried_over: frozenset[str] = frozenset()
     only: Mapping[str, Any] = field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
 
@@ -72,6 +76,13 @@ class Architecture:
 ARCHITECTURES = {
     "qwen2": Architecture("Qwen2ForCausalLM", only={"use_mrope": False}, harmless=_SLIDING),
     "qwen3": Architecture("Qwen3ForCausalLM", harmless=_SLIDING),
+    "qwen3_moe": Architecture(
+        "Qwen3MoeForCausalLM",
+        sizes=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+        carried_over=frozenset({"norm_topk_prob"}),
+        only={"mlp_only_layers": [], "decoder_sparse_step": 1},  # every layer is a mixture of experts
+        harmless=_SLIDING | {"output_router_logits", "router_aux_loss_coef"},
+    ),
     "llama": Architecture(
         "LlamaForCausalLM",
         only={"rope_interleaved": False},
@@ -113,19 +124,22 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
         )
     architecture = ARCHITECTURES[model_type]
     only = {**_ONLY, **architecture.only}
+    known = _CARRIED_OVER | _HARMLESS | architecture.harmless | architecture.carried_over | {*architecture.sizes}
     for name, value in config.items():
         if name in only:
             _require(value is None or value == only[name], path, name, value, f"must be {json.dumps(only[name])}")
-        elif name not in _CARRIED_OVER | _HARMLESS | architecture.harmless:
+        elif name not in known:
             rule = f"not a setting of {model_type} that is known, and it may change what the model computes"
             fix = "Remove it if it does not, else choose a model without it."
             _require(value is None, path, name, value, rule, fix)
-    for name in _REQUIRED:
+    for name in (*_REQUIRED, *architecture.sizes):
         _require_positive_integer(path, name, config.get(name))
     for name in ("num_key_value_heads", "head_dim"):
         if config.get(name) is not None:
             _require_positive_integer(path, name, config[name])
     _check_dtype_and_layers(config, path)
+    if architecture.sizes:
+        _check_router(config, path)
     rope(config, path)
 
 
@@ -145,6 +159,16 @@ def _check_dtype_and_layers(config: Mapping[str, Any], path: Path) -> None:
         _require(False, path, "layer_types", other[0], "every layer must be full_attention")
     rule = f"must be a list of num_hidden_layers = {len(full)} names"
     _require(layers is None or layers == full, path, "layer_types", layers, rule, "Correct one of the two.")
+
+
+def _check_router(config: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError where a mixture of experts' router asks for what Megatron's has not."""
+    chosen, normalized = config["num_experts_per_tok"], config.get("norm_topk_prob", False)
+    rule = f"must not exceed num_experts = {config['num_experts']}"
+    _require(chosen <= config["num_experts"], path, "num_experts_per_tok", chosen, rule, "Correct one of the two.")
+    _require(isinstance(normalized, bool), path, "norm_topk_prob", normalized, "must be true or false", "Write one.")
+    rule = "must be false with num_experts_per_tok = 1, or every weight would be 1"
+    _require(chosen > 1 or not normalized, path, "norm_topk_prob", normalized, rule)
 
 
 def rope(config: Mapping[str, Any], path: Path) -> Rope:

@@ -14,7 +14,8 @@ from nemo_tsdkd.config.validation import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Dimensions of a Qwen2-like decoder (RMS norm, gated MLP, grouped-query attention with QKV bias)."""
+    """Dimensions of a Qwen2-like decoder (RMS norm, gated MLP, grouped-query attention with QKV bias), or of one whose
+    every MLP is a mixture of experts."""
 
     layers: int
     hidden: int
@@ -24,6 +25,9 @@ class ModelShape:
     vocab: int
     tied: bool = False  # the head is the embedding
     head_dim: int = 128
+    experts: int = 0  # of a layer; 0: dense
+    experts_per_token: int = 0
+    expert_ffn: int = 0  # width of one expert
 
     @property
     def q_width(self) -> int:
@@ -36,15 +40,27 @@ class ModelShape:
     @property
     def layer_params(self) -> int:
         """Parameters of one decoder layer."""
+        return self.shared_params + self.expert_params
+
+    @property
+    def shared_params(self) -> int:
+        """Parameters of a layer that every token passes: attention, norms, and the MLP or the router."""
         qkv = (self.hidden + 1) * (self.q_width + 2 * self.kv_width)
-        return qkv + self.hidden * self.q_width + 3 * self.hidden * self.ffn + 2 * self.hidden
+        mlp = self.hidden * (self.experts or 3 * self.ffn)
+        return qkv + self.hidden * self.q_width + mlp + 2 * self.hidden
+
+    @property
+    def expert_params(self) -> int:
+        """Parameters of all experts of a layer."""
+        return self.experts * 3 * self.hidden * self.expert_ffn
 
     def padded_vocab(self, tp: int) -> int:
         return padded_vocab_size(self.vocab, tensor_model_parallel_size=tp)
 
-    def stage_params(self, tp: int, pp: int, stage: int) -> int:
-        """Parameters of a pipeline stage on one tensor-parallel rank (norms and biases counted as split)."""
-        return self.layer_params_per_gpu(tp, pp) + self.tables(pp, stage) * self.table_params(tp)
+    def stage_params(self, tp: int, pp: int, stage: int, ep: int = 1) -> int:
+        """Parameters of a pipeline stage on one tensor- and expert-parallel rank (norms, biases and routers counted as
+        split)."""
+        return self.layer_params_per_gpu(tp, pp, ep) + self.tables(pp, stage) * self.table_params(tp)
 
     def tables(self, pp: int, stage: int) -> int:
         """How many of embedding and head a stage holds: if they are tied, both ends of a pipeline hold the one."""
@@ -55,8 +71,10 @@ class ModelShape:
         """Parameters of the embedding or of the head on one tensor-parallel rank."""
         return self.padded_vocab(tp) // tp * self.hidden
 
-    def layer_params_per_gpu(self, tp: int, pp: int) -> int:
-        return self.layers // pp * self.layer_params // tp
+    def layer_params_per_gpu(self, tp: int, pp: int, ep: int = 1) -> int:
+        """Parameters of a stage's layers on one rank; experts are whole, tensor parallelism does not split them."""
+        layers = self.layers // pp
+        return layers * self.shared_params // tp + layers * self.expert_params // ep
 
     @classmethod
     def of_folder(cls, folder: str | Path) -> ModelShape:
@@ -77,6 +95,9 @@ class ModelShape:
                 ffn=c["intermediate_size"],
                 vocab=c["vocab_size"],
                 tied=c.get("tie_word_embeddings", False),
+                experts=c.get("num_experts", 0),
+                experts_per_token=c.get("num_experts_per_tok", 0),
+                expert_ffn=c.get("moe_intermediate_size", 0),
             )
         except KeyError as error:
             raise UserError(f"{path}: has no {error}, a model's dimension. Point at a Hugging Face folder.") from None
@@ -88,6 +109,18 @@ QWEN2_5 = {
     "14B": ModelShape(layers=48, hidden=5120, heads=40, kv_heads=8, ffn=13824, vocab=152064),
     "32B": ModelShape(layers=64, hidden=5120, heads=40, kv_heads=8, ffn=27648, vocab=152064),
     "72B": ModelShape(layers=80, hidden=8192, heads=64, kv_heads=8, ffn=29568, vocab=152064),
+}
+QWEN3 = {
+    "4B": ModelShape(layers=36, hidden=2560, heads=32, kv_heads=8, ffn=9728, vocab=151936, tied=True),
+    "8B": ModelShape(layers=36, hidden=4096, heads=32, kv_heads=8, ffn=12288, vocab=151936),
+    "30B-A3B": ModelShape(
+        **{"layers": 48, "hidden": 2048, "heads": 32, "kv_heads": 4, "ffn": 6144, "vocab": 151936},
+        **{"experts": 128, "experts_per_token": 8, "expert_ffn": 768},
+    ),
+    "235B-A22B": ModelShape(
+        **{"layers": 94, "hidden": 4096, "heads": 64, "kv_heads": 4, "ffn": 12288, "vocab": 151936},
+        **{"experts": 128, "experts_per_token": 8, "expert_ffn": 1536},
+    ),
 }
 
 

@@ -51,6 +51,7 @@ def check_files(config: TrainConfig) -> dict[str, ModelShape]:
     if config.validation.path is not None:
         check_data(config.validation.data(config.data))
     if len(shapes) == 2:
+        check_experts(config, **{which: shape.experts for which, shape in shapes.items()})
         check_shapes(config, **shapes)
     return shapes
 
@@ -110,7 +111,7 @@ def check_model_fits(shape: ModelShape, parallel: ParallelConfig, which: str) ->
     for name, value, direction in (
         ("num_attention_heads", shape.heads, "tensor"),
         ("num_key_value_heads", shape.kv_heads, "tensor"),
-        ("intermediate_size", shape.ffn, "tensor"),
+        ("intermediate_size", 0 if shape.experts else shape.ffn, "tensor"),  # each expert is whole
         ("num_hidden_layers", shape.layers, "pipeline"),
     ):
         if value % sizes[direction]:
@@ -119,6 +120,27 @@ def check_model_fits(shape: ModelShape, parallel: ParallelConfig, which: str) ->
             raise UserError(
                 f"{field} = {sizes[direction]}: must divide the {which}'s {name} = {value}. Choose a divisor of it."
             )
+
+
+def check_experts(config: TrainConfig, *, student: int, teacher: int) -> None:
+    """Raise UserError for a student that is a mixture of experts, and for expert parallelism that the teacher does not
+    allow.
+
+    Args:
+        student, teacher: each model's number of experts in a layer; 0: it is dense.
+    """
+    field, ranks = "teacher.parallel.expert_model_parallel_size", config.teacher.parallel.expert_model_parallel_size
+    require(
+        not student,
+        "student.path",
+        config.student.path,
+        f"a mixture of {student} experts; only the teacher may be one",
+        "Choose a dense student.",
+    )
+    require(teacher > 0 or ranks == 1, field, ranks, "the teacher is dense, it has no experts", "Leave it out.")
+    require(
+        teacher % ranks == 0, field, ranks, f"must divide the teacher's {teacher} experts", "Choose a divisor of it."
+    )
 
 
 def check_length(path: Path, config: TrainConfig, which: str) -> None:

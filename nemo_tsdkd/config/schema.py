@@ -142,6 +142,7 @@ class TeacherParallelConfig:
     pipeline_model_parallel_size: int | None = None
     context_parallel_size: int | None = None
     sequence_parallel: bool | None = None  # null: as the student, where the teacher's TP is above 1
+    expert_model_parallel_size: int = 1  # of a mixture of experts: ranks of a pipeline stage that share its experts
 
 
 @dataclass
@@ -197,6 +198,13 @@ class ParallelConfig:
         tp, pp = "tensor_model_parallel_size", "pipeline_model_parallel_size"
         validation.positive(self, "parallel.", tp, pp, "context_parallel_size", "num_nodes", "gpus_per_node")
         validation.one_of("parallel.recompute", self.recompute, RECOMPUTE)
+
+
+@dataclass
+class TeacherLayoutConfig(ParallelConfig):
+    """The teacher's layout (`TrainConfig.teacher_parallel`). The student is dense and has no experts to share."""
+
+    expert_model_parallel_size: int = 1
 
 
 @dataclass

@@ -24,6 +24,7 @@ from nemo_tsdkd.config.schema import (
     PrecisionConfig,
     RolloutConfig,
     TeacherConfig,
+    TeacherLayoutConfig,
 )
 from nemo_tsdkd.config.watch import SamplesConfig, ValidationConfig
 
@@ -71,10 +72,10 @@ class TrainConfig:
         return self.student_world_size // self.parallel.model_parallel_size
 
     @property
-    def teacher_parallel(self) -> ParallelConfig:
+    def teacher_parallel(self) -> TeacherLayoutConfig:
         """The teacher's layout, `teacher.parallel` over the student's."""
         own = {name: value for name, value in vars(self.teacher.parallel).items() if value is not None}
-        layout = replace(self.parallel, **own)
+        layout = TeacherLayoutConfig(**vars(self.parallel) | own)
         if self.teacher.parallel.sequence_parallel is None and layout.tensor_model_parallel_size == 1:
             layout.sequence_parallel = False
         return layout
@@ -85,8 +86,10 @@ class TrainConfig:
 
     @property
     def one_layout(self) -> bool:
-        """Whether both models lie on the same ranks in the same way, so that hidden states stay where they are."""
-        return self.teacher.nodes == 0 and self.teacher_parallel == self.parallel
+        """Whether both models lie on the same ranks in the same way, so that hidden states stay where they are. Expert
+        parallelism distributes weights, and no positions of the hidden states."""
+        teacher = vars(self.teacher_parallel)
+        return self.teacher.nodes == 0 and all(teacher[name] == value for name, value in vars(self.parallel).items())
 
     def validate(self, batch: bool = True) -> None:
         """Raise UserError on the first field that breaks its rule or a rule between fields. Reads no file.
@@ -206,6 +209,15 @@ class TrainConfig:
                 f"needs {prefix}parallel.tensor_model_parallel_size > 1",
                 "Turn it off.",
             )
+        experts, stage = self.teacher.parallel.expert_model_parallel_size, self.teacher_parallel
+        ranks = self.teacher_world_size // stage.pipeline_model_parallel_size
+        validation.require(
+            ranks % experts == 0,
+            "teacher.parallel.expert_model_parallel_size",
+            experts,
+            f"must divide the {ranks} ranks of a pipeline stage of the teacher's",
+            "Choose a divisor of them.",
+        )
 
     def _validate_batch(self) -> None:
         tokens = self.micro_batch_tokens

@@ -17,6 +17,7 @@ class MicroBatch(TypedDict):
     tokens: Tensor  # [B, S] int64, prompt then response
     position_ids: Tensor  # [B, S] int64
     labels: Tensor  # [B, S] int64: the token that follows in the row, which the logits at this position predict
+    token_mask: Tensor  # [B, S] bool: a token, no padding
     response_mask: Tensor  # [B, S] bool: the logits at this position predict a response token (the first EOS included)
     sample_index: Tensor  # [B] int64
 
@@ -79,10 +80,17 @@ def pad_rows(
     position = torch.arange(width)
     start = torch.tensor(prompts)[:, None] - 1  # the logits before a token predict it
     mask = (position >= start) & (position < start + torch.tensor(responses)[:, None])
+    length = torch.tensor([len(ids) for ids in token_ids])[:, None]
     return MicroBatch(
         tokens=tokens.to(device),
         position_ids=position.to(device).expand(len(tokens), width),
         labels=labels.to(device),
+        token_mask=(position < length).to(device),
         response_mask=mask.to(device),
         sample_index=torch.tensor(index, device=device),
     )
+
+
+def empty_micro_batch(width: int, *, pad_id: int, device: torch.device | str) -> MicroBatch:
+    """One row of padding alone, `width` tokens wide."""
+    return pad_rows([[]], [0], [0], [-1], width=width, pad_id=pad_id, device=device)

@@ -104,6 +104,11 @@ class BatchSplit:
     slot: Ints
     width: Ints
 
+    def micro_batches_of_ranks(self) -> Ints:
+        """How many micro-batches each data-parallel rank with a row has."""
+        pairs = np.unique(np.stack([self.data, self.micro_batch]), axis=1)
+        return np.unique(pairs[0], return_counts=True)[1]
+
 
 @dataclass(frozen=True)
 class TokenOwners:

@@ -34,6 +34,7 @@ _CUDA_KERNELS = (
     "persist_layer_norm",
     "bias_activation_fusion",
     "masked_softmax_fusion",
+    "moe_permute_fusion",
 )
 
 
@@ -58,6 +59,7 @@ def install() -> bool:
         _barrier,
         _checkpoint_queue,
         _local_norm,
+        _experts,
         _adam_state,
     ):
         patch()
@@ -236,6 +238,18 @@ def _local_norm() -> None:
         return norm
 
     WrappedTorchNorm.__new__ = new
+
+
+def _experts() -> None:
+    """The router looks for a function of Transformer Engine's that was never imported without it; and the sizes of an
+    all-to-all become lists only where they come from a GPU: gloo takes no tensors for them."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
+    token_dispatcher.maybe_move_tensor_to_cpu = sizes
 
 
 def _adam_state() -> None:

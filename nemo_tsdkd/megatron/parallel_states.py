@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.tensor_parallel import random as tracker
 
-from nemo_tsdkd.config.schema import ParallelConfig
+from nemo_tsdkd.config.schema import TeacherLayoutConfig
 
 _TRACKER = ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED")
 
@@ -28,7 +28,7 @@ class ModelParallelState:
             current parallel state, and `active` only preserves random states.
     """
 
-    def __init__(self, parallel: ParallelConfig | None) -> None:
+    def __init__(self, parallel: TeacherLayoutConfig | None) -> None:
         self._state: dict[str, Any] | None = None
         if parallel is None:
             return
@@ -38,6 +38,8 @@ class ModelParallelState:
                 tensor_model_parallel_size=parallel.tensor_model_parallel_size,
                 pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
                 context_parallel_size=parallel.context_parallel_size,
+                expert_model_parallel_size=parallel.expert_model_parallel_size,
+                expert_tensor_parallel_size=1,  # every expert is whole on its rank
             )
             model_parallel_cuda_manual_seed(0)  # a frozen model draws nothing; building one asks for the states
             self._state = {name: getattr(parallel_state, name) for name in blank}

@@ -108,6 +108,8 @@ class TSDKDStrategy(nl.MegatronStrategy):
         with self._timed("teacher_s"):
             batches = model.teacher_pass(samples, responses)
         self.step_metrics["teacher_bytes_sent"] = model.teacher.bytes_sent
+        if model.teacher.expert_load is not None:
+            self.step_metrics["teacher_expert_load"] = model.teacher.expert_load
         self.data_sampler.num_micro_batches = len(batches)
         model.sees = samples_due(model.train_config, step + 1)
         with self._timed("student_s"):

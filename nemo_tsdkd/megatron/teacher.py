@@ -20,13 +20,14 @@ from torch.nn import functional
 
 from nemo_tsdkd.checks.precision import pad_to_multiple, teacher_pad_to_multiple
 from nemo_tsdkd.config.train_config import TrainConfig
-from nemo_tsdkd.data.batch import MicroBatch
+from nemo_tsdkd.data.batch import MicroBatch, empty_micro_batch
 from nemo_tsdkd.data.global_batch import GlobalBatch, slices_of
 from nemo_tsdkd.distributed.hidden_exchange import HiddenExchange, share_size
 from nemo_tsdkd.distributed.job import Job
 from nemo_tsdkd.distributed.layout import BatchSplit, hidden_state_shards, student_layout, teacher_layout
 from nemo_tsdkd.distributed.vocab_parallel import all_gather
 from nemo_tsdkd.megatron.checkpoints.load import load_head
+from nemo_tsdkd.megatron.expert_load import largest_over_mean
 from nemo_tsdkd.megatron.gpt import sequence_shard
 from nemo_tsdkd.megatron.teacher_pass import TeacherPass
 
@@ -48,17 +49,21 @@ class Teacher:
 
     Attributes:
         bytes_sent: hidden states that changed ranks in the last step, over the whole job.
+        expert_load: of a mixture of experts, `largest_over_mean` in the last step, over the whole job; else None.
     """
 
     def __init__(self, gpt_config: Any, checkpoint: Path, *, train_config: TrainConfig, job: Job, pad_id: int) -> None:
         self.train_config, self.job, self.pad_id = train_config, job, pad_id
         self.layout, self.student = teacher_layout(train_config), student_layout(train_config)
-        self.bytes_sent = 0
+        self.bytes_sent, self.expert_load = 0, None
+        self._experts = (gpt_config.num_layers, gpt_config.num_moe_experts)
         self._row = (gpt_config.hidden_size, gpt_config.params_dtype)
         loaded_head = None if train_config.one_layout else self._load_head(gpt_config, checkpoint)
         self._pass = None
         if job.rank in self.layout.ranks:
-            parallel = None if train_config.one_layout else train_config.teacher_parallel
+            # Experts need groups that the student's parallel state has not, also where the layout is the same.
+            shared = train_config.one_layout and not gpt_config.num_moe_experts
+            parallel = None if shared else train_config.teacher_parallel
             teacher_config, keep_head = train_config.teacher, train_config.one_layout
             self._pass = TeacherPass(gpt_config, checkpoint, teacher_config, parallel, keep_head=keep_head)
         self._loaded_head = loaded_head
@@ -175,17 +180,40 @@ class Teacher:
             held = torch.empty(0, hidden, dtype=dtype, device=torch.cuda.current_device())
         else:
             data_rank = (self.job.rank - self.layout.first_rank) // (self.layout.tensor * self.layout.context)
-            held = self._pass.forward(
-                batch.micro_batches(
-                    split, data_rank % self.layout.data, pad_id=self.pad_id, device=torch.cuda.current_device()
-                ),
-                plan.rows_held,
+            micro_batches = batch.micro_batches(
+                split, data_rank % self.layout.data, pad_id=self.pad_id, device=torch.cuda.current_device()
             )
+            held = self._pass.forward(self._as_many_on_all_ranks(micro_batches, split), plan.rows_held)
+        self.expert_load = self._reduce_expert_load()
         shares = []
         for m in range(len(plan.transfers)):
             share = plan.exchange(m, held, self.job.device_group)
             shares.append(share.to("cpu", non_blocking=True) if config.teacher.offload_hidden_states else share)
         return shares
+
+    def _as_many_on_all_ranks(self, micro_batches: list[MicroBatch], split: BatchSplit) -> list[MicroBatch]:
+        """With experts, micro-batches without a token after this rank's own: in every layer all ranks that share the
+        experts exchange tokens, as often as the rank with the most micro-batches does."""
+        layers, experts = self._experts
+        if not experts:
+            return micro_batches
+        most = int(split.micro_batches_of_ranks().max())
+        return micro_batches + [
+            empty_micro_batch(int(split.width.min()), pad_id=self.pad_id, device=torch.cuda.current_device())
+            for _ in range(most - len(micro_batches))
+        ]
+
+    def _reduce_expert_load(self) -> float | None:
+        """The last pass's `expert_load`, on all ranks of the job. Collective, with experts."""
+        layers, experts = self._experts
+        if not experts:
+            return None
+        load = self._pass.expert_load if self._pass else None
+        counts = torch.zeros(layers, experts, dtype=torch.int64, device=torch.cuda.current_device())
+        if load:
+            counts += load.counts
+        self.job.device_group.allreduce([counts]).wait()
+        return largest_over_mean(counts)
 
     def _send_batch(self, what: int, batch: GlobalBatch | None) -> None:
         """Broadcast the rows of this step from rank 0 to all ranks, or that there are no more."""

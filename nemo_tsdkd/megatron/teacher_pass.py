@@ -11,9 +11,10 @@ from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from nemo_tsdkd.config.schema import ParallelConfig, TeacherConfig
+from nemo_tsdkd.config.schema import TeacherConfig, TeacherLayoutConfig
 from nemo_tsdkd.data.batch import MicroBatch
 from nemo_tsdkd.megatron.checkpoints.load import frozen_model
+from nemo_tsdkd.megatron.expert_load import ExpertLoad
 from nemo_tsdkd.megatron.gpt import context_parallel_slice, head_weight, hidden_states_only, sequence_shard
 from nemo_tsdkd.megatron.parallel_states import ModelParallelState
 
@@ -27,6 +28,9 @@ class TeacherPass:
         teacher_config: the `teacher` section of the run's configuration.
         parallel: its layout; None: the student's, whose groups it shares.
         keep_head: the loss takes the head's weight from here.
+
+    Attributes:
+        expert_load: of a mixture of experts, the tokens that each expert got in the last pass; else None.
     """
 
     def __init__(
@@ -34,7 +38,7 @@ class TeacherPass:
         gpt_config: Any,
         checkpoint: Path,
         teacher_config: TeacherConfig,
-        parallel: ParallelConfig | None,
+        parallel: TeacherLayoutConfig | None,
         *,
         keep_head: bool,
     ) -> None:
@@ -45,6 +49,7 @@ class TeacherPass:
             self.module.set_is_first_microbatch()  # FP8: quantize these weights instead of using cached ones
             if not keep_head and self.module.post_process and not self.module.share_embeddings_and_output_weights:
                 self.module.output_layer = None  # the loss has its own copy of the head: free this one
+            self.expert_load = ExpertLoad(self.module) if self.module.config.num_moe_experts else None
             head = head_weight(self.module) if keep_head and self.module.post_process else None
         self._offloaded = OffloadedWeights(self.module, keep=head) if teacher_config.offload_weights else None
 
@@ -58,10 +63,10 @@ class TeacherPass:
         """Final hidden states `[rows, H]` of the response positions that this rank holds, in the order (micro-batch,
         row, position); on the device or, with `offload_hidden_states`, on the host.
 
-        Collective over the ranks that share this replica of the teacher.
+        Collective over the ranks that share this replica of the teacher, and over those that share its experts.
 
         Args:
-            micro_batches: this data-parallel rank's, whole rows.
+            micro_batches: this data-parallel rank's, whole rows; equally many on all ranks that share experts.
             rows: their number; 0 on all stages but the last.
         """
         if self._offloaded:
@@ -74,14 +79,19 @@ class TeacherPass:
         with self.parallel_state.active(), hidden_states_only(self.module):
             parts = [context_parallel_slice(batch) for batch in micro_batches]
             free = [kept]  # the rows that are not filled yet
+            load, sequence_parallel = self.expert_load, self.module.config.sequence_parallel
+            if load:
+                load.counts.zero_()
 
             def forward_step(parts: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
                 part = next(parts)
+                if load:
+                    load.begin(sequence_shard(part["token_mask"].t(), sequence_parallel))
                 output = model(part["tokens"], part["position_ids"], None)  # no mask: attention is causal
 
                 def keep(output: Tensor, non_loss_data: bool = True) -> None:
                     """Megatron calls this on the last stage."""
-                    mask = sequence_shard(part["response_mask"].t(), model.config.sequence_parallel)
+                    mask = sequence_shard(part["response_mask"].t(), sequence_parallel)
                     found = output.transpose(0, 1)[mask.t()]  # [B, S] order
                     free[0][: len(found)].copy_(found, non_blocking=True)
                     free[0] = free[0][len(found) :]

@@ -25,6 +25,7 @@ from nemo_tsdkd.checkpoints.run_record import RunRecord, open_record, student_di
 from nemo_tsdkd.checkpoints.shape import padded_vocab_size
 from nemo_tsdkd.checkpoints.start_over import begin_at_step_1
 from nemo_tsdkd.checks.precision import check_engine, model_settings, plugin_settings
+from nemo_tsdkd.checks.setup import check_experts
 from nemo_tsdkd.config.schema import ParallelConfig
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.data.dataset import PromptDataset
@@ -186,12 +187,13 @@ def model_files(config: TrainConfig, vocabulary: Vocabulary) -> Checkpoints:
     """Both models' checkpoints and configurations, each in its layout and with one padded vocabulary.
 
     Raises:
-        UserError: a folder that is no checkpoint, a model without rows for the vocabulary, or an objective that the
-            vocabulary does not allow.
+        UserError: a folder that is no checkpoint, a model without rows for the vocabulary, experts where there may be
+            none, or an objective that the vocabulary does not allow.
     """
     cache = Path(config.run_dir) / "imported"
     student, teacher = resolve(config.student.path, cache), resolve(config.teacher.path, cache)
     student_gpt, teacher_gpt = gpt_config(student), gpt_config(teacher)
+    check_experts(config, student=student_gpt.num_moe_experts or 0, teacher=teacher_gpt.num_moe_experts or 0)
     vocabulary.require_rows(student=student_gpt.vocab_size, teacher=teacher_gpt.vocab_size)
     config.objective.validate_vocabulary(vocabulary.size)
     precision, layouts = config.precision, (config.parallel, config.teacher_parallel)
@@ -230,8 +232,12 @@ def set_layout(gpt: llm.GPTConfig, config: TrainConfig, p: ParallelConfig, setti
     gpt.context_parallel_size = p.context_parallel_size
     gpt.sequence_parallel = p.sequence_parallel
     gpt.seq_length = config.data.seq_length
+    if gpt.num_moe_experts:  # the teacher's
+        gpt.expert_model_parallel_size = config.teacher.parallel.expert_model_parallel_size
+        gpt.expert_tensor_parallel_size = 1
     gpt.variable_seq_lengths = p.pipeline_model_parallel_size > 1  # each micro-batch is padded to its own longest row
-    gpt.moe_token_dispatcher_type = "alltoall"  # Megatron asks for it with variable lengths, experts or none
+    # Megatron asks for it with variable lengths, experts or none; all-gather needs as many tokens on every rank.
+    gpt.moe_token_dispatcher_type = "alltoall"
     gpt.fp16 = False
     for name, value in settings.items():
         setattr(gpt, name, value)

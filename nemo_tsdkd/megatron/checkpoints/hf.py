@@ -1,8 +1,8 @@
-"""Hugging Face <-> NeMo, for Llama, Qwen2 and Qwen3.
+"""Hugging Face <-> NeMo, for Llama, Qwen2, Qwen3 and Qwen3-MoE.
 
 NeMo's functions regroup q, k, v and NeMo's trainer saves; names and configs are ours, because NeMo's importers know no
-tied head for Qwen2, no head_dim for Qwen3, and only Transformer Engine's fused layer norms (without it they leave
-every norm at one).
+tied head for Qwen2, no head_dim for Qwen3, no norm_topk_prob, and only Transformer Engine's fused layer norms and
+grouped experts (without it they leave every norm at one).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.base import HAVE_TE
 from nemo.collections.llm.gpt.model.llama import Llama31Config
+from nemo.collections.llm.gpt.model.qwen3 import Qwen3MoEConfig
 from nemo.lightning import io
 from nemo.lightning.io.state import TransformFns
 from nemo.lightning.pytorch.utils import dtype_from_hf
@@ -30,6 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+import nemo_tsdkd.megatron.cpu as cpu
 from nemo_tsdkd.checkpoints.atomic import read_json
 from nemo_tsdkd.checkpoints.hf_config import check_config, rope
 
@@ -38,13 +40,13 @@ logger = logging.getLogger(__name__)
 CLASSES = {  # NeMo's, by Hugging Face's model_type (hf_config.ARCHITECTURES)
     "qwen2": (llm.Qwen2Config, llm.Qwen2Model),
     "qwen3": (llm.Qwen3Config, llm.Qwen3Model),
+    "qwen3_moe": (Qwen3MoEConfig, llm.Qwen3Model),
     "llama": (llm.LlamaConfig, llm.LlamaModel),
 }
 
 _NAMES = {
     "model.embed_tokens.weight": "embedding.word_embeddings.weight",
     "model.layers.*.self_attn.o_proj.weight": "decoder.layers.*.self_attention.linear_proj.weight",
-    "model.layers.*.mlp.down_proj.weight": "decoder.layers.*.mlp.linear_fc2.weight",
     "model.norm.weight": "decoder.final_layernorm.weight",
     "lm_head.weight": "output_layer.weight",
 }
@@ -63,6 +65,16 @@ _PLAIN_NORMS = {
 _QKV = "decoder.layers.*.self_attention.linear_qkv"
 _FC1 = "decoder.layers.*.mlp.linear_fc1.weight"
 _GATE_UP = ("model.layers.*.mlp.gate_proj.weight", "model.layers.*.mlp.up_proj.weight")
+_DOWN = "model.layers.*.mlp.down_proj.weight"
+_EXPERT = "model.layers.*.mlp.experts.*"
+_EXPERT_GATE_UP = (f"{_EXPERT}.gate_proj.weight", f"{_EXPERT}.up_proj.weight")
+_MOE_NAMES = {
+    "model.layers.*.mlp.gate.weight": "decoder.layers.*.mlp.router.weight",
+    "model.layers.*.post_attention_layernorm.weight": "decoder.layers.*.pre_mlp_layernorm.weight",
+}
+# Of an expert's two linear layers. Transformer Engine multiplies all experts of a rank in one grouped layer.
+_GROUPED_EXPERTS = "decoder.layers.*.mlp.experts.{}.weight*"
+_LOCAL_EXPERTS = "decoder.layers.*.mlp.experts.local_experts.*.{}.weight"
 
 # One short text is enough: a wrong weight in any layer changes every logit.
 _SAMPLE = "Ann has 3 boxes with 12 eggs each and sells 7 eggs. How many are left? 3 * 12 = 36 and 36 - 7 = 29."
@@ -89,6 +101,16 @@ def config_from_hf(folder: Path) -> llm.GPTConfig:
             "low_freq_factor": position.scaling.low_freq_factor,
             "high_freq_factor": position.scaling.high_freq_factor,
             "old_context_len": position.scaling.original_max_position_embeddings,
+        }
+    if hf.model_type == "qwen3_moe":
+        fields = {
+            "num_moe_experts": hf.num_experts,
+            "moe_router_topk": hf.num_experts_per_tok,
+            "moe_ffn_hidden_size": hf.moe_intermediate_size,
+            "moe_router_pre_softmax": not hf.norm_topk_prob,  # a softmax over the chosen experts normalizes
+            "moe_router_dtype": "fp32",
+            "moe_grouped_gemm": HAVE_TE,
+            "moe_permute_fusion": HAVE_TE and "moe_permute_fusion" not in cpu.missing_kernels,
         }
     return config_class(
         num_layers=hf.num_hidden_layers,
@@ -117,7 +139,7 @@ def to_megatron(hf_model: PreTrainedModel, gpt: MCoreGPTModel) -> None:
     """Set the weights of a full Megatron model (no parallelism) from Hugging Face's."""
     transforms = [
         io.state_transform(_projections("weight"), f"{_QKV}.weight", TransformFns.merge_qkv),
-        io.state_transform(_GATE_UP, _FC1, TransformFns.merge_fc1),
+        io.state_transform(*_gate_up(gpt), TransformFns.merge_fc1),
     ]
     if gpt.config.add_qkv_bias:
         transforms.append(io.state_transform(_projections("bias"), f"{_QKV}.bias", TransformFns.merge_qkv_bias))
@@ -126,9 +148,10 @@ def to_megatron(hf_model: PreTrainedModel, gpt: MCoreGPTModel) -> None:
 
 def to_hf(gpt: MCoreGPTModel, hf_model: PreTrainedModel) -> None:
     """Set a Hugging Face model's weights from those of a full Megatron model."""
+    gate_up, fc1 = _gate_up(gpt)
     transforms = [
         io.state_transform(f"{_QKV}.weight", _projections("weight"), TransformFns.split_qkv),
-        io.state_transform(_FC1, _GATE_UP, TransformFns.split_fc1),
+        io.state_transform(fc1, gate_up, TransformFns.split_fc1),
     ]
     if gpt.config.add_qkv_bias:
         transforms.append(io.state_transform(f"{_QKV}.bias", _projections("bias"), TransformFns.split_qkv_bias))
@@ -142,9 +165,24 @@ def _projections(kind: str) -> tuple[str, ...]:
     return tuple(f"model.layers.*.self_attn.{name}_proj.{kind}" for name in "qkv")
 
 
+def _gate_up(gpt: MCoreGPTModel) -> tuple[tuple[str, str], str]:
+    """Hugging Face's and Megatron's names of the MLPs' first layers."""
+    if gpt.config.num_moe_experts is None:
+        return _GATE_UP, _FC1
+    return _EXPERT_GATE_UP, _experts(gpt).format("linear_fc1")
+
+
+def _experts(gpt: MCoreGPTModel) -> str:
+    return _GROUPED_EXPERTS if gpt.config.moe_grouped_gemm else _LOCAL_EXPERTS
+
+
 def _names(gpt: MCoreGPTModel) -> dict[str, str]:
     """Hugging Face's and Megatron's names of the tensors that both hold in the same form."""
     names = _NAMES | (_PLAIN_NORMS if "decoder.layers.0.input_layernorm.weight" in gpt.state_dict() else _FUSED_NORMS)
+    if gpt.config.num_moe_experts is None:
+        names[_DOWN] = "decoder.layers.*.mlp.linear_fc2.weight"
+    else:
+        names |= _MOE_NAMES | {f"{_EXPERT}.down_proj.weight": _experts(gpt).format("linear_fc2")}
     if gpt.config.qk_layernorm:
         names |= _QK_NORMS
     if gpt.share_embeddings_and_output_weights:

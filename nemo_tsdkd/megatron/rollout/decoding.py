@@ -43,6 +43,7 @@ def check_model(model: GPTModel) -> None:
     config = model.config
     rules = {
         "position_embedding_type": (model.position_embedding_type, "rope"),
+        "num_moe_experts": (config.num_moe_experts, None),
         "multi_latent_attention": (config.multi_latent_attention, False),
         "rotary_interleaved": (config.rotary_interleaved, False),
         "window_size": (config.window_size, None),
