@@ -2,7 +2,9 @@
 
 docs/cluster.md derives each line. The figures are lower bounds of what a run needs (CUDA context, NCCL buffers and
 fragmentation come on top: RESERVE), good for choosing a layout before a queue's night is spent on it. No torch.
-Layers are counted as Transformer Engine computes them on a GPU: flash attention, and norms inside the linear layers.
+Layers are counted as Transformer Engine computes them on a GPU: flash attention, and norms inside the linear layers. A
+teacher's router is taken to spread the tokens evenly over its experts; the metric teacher_expert_load shows how far it
+does.
 """
 
 from __future__ import annotations
@@ -201,11 +203,12 @@ def _teacher_weights(config: TrainConfig, teacher: ModelShape, stage: int) -> in
     """Bytes of a stage of the teacher in its own layout; the loss has the head elsewhere if that differs."""
     layout, itemsize = teacher_layout(config), _itemsize(config.teacher.precision)
     tp, pp = layout.tensor, layout.pipeline
-    weights = teacher.stage_params(tp, pp, stage) * itemsize
+    ep = config.teacher.parallel.expert_model_parallel_size
+    weights = teacher.stage_params(tp, pp, stage, ep) * itemsize
     if not config.one_layout and stage == pp - 1 and not teacher.tied:
         weights -= teacher.table_params(tp) * itemsize
     if config.teacher.precision.startswith("fp8"):
-        weights += teacher.layer_params_per_gpu(tp, pp) * FP8_TEACHER
+        weights += teacher.layer_params_per_gpu(tp, pp, ep) * FP8_TEACHER
     return weights
 
 
@@ -220,18 +223,34 @@ def _teacher_held(config: TrainConfig, teacher: ModelShape, stage: int) -> int:
 
 
 def _teacher_forward(config: TrainConfig, teacher: ModelShape) -> int:
-    """Bytes of one forward pass without gradient: a layer's MLP is where it holds most."""
+    """Bytes of one forward pass without gradient: a layer's MLP, or its experts, is where it holds most."""
     layout = teacher_layout(config)
     if config.one_layout:
         tokens = min(_micro_batch(config), config.teacher.micro_batch_size * _padded(config))
     else:
         padded = round_up(config.data.seq_length, teacher_pad_to_multiple(config, on_gpu=True))
         tokens = config.teacher.micro_batch_size * padded
+    itemsize, tokens = _itemsize(config.teacher.precision), tokens // layout.context
+    if teacher.experts:
+        tokens //= layout.token_shards  # as many as a rank sends, it gets if the routing is balanced
+        routing = 5 * teacher.experts * teacher.layers // layout.pipeline  # every layer keeps an fp32 weight and a flag
+        return tokens * (itemsize * _expert_numbers(teacher) + routing)
     ffn, whole, shard = teacher.ffn // layout.tensor, teacher.hidden, teacher.hidden // layout.token_shards
     gathered = whole if layout.sequence_parallel else 0  # the norm's output, of all ranks
     # Beside the stage's input, the layer's and attention's output: the first product, the activation, the second one.
     most = 3 * shard + max(shard + gathered + 2 * ffn, 3 * ffn, ffn + whole)
-    return _itemsize(config.teacher.precision) * tokens // layout.context * most
+    return itemsize * tokens * most
+
+
+def _expert_numbers(shape: ModelShape) -> int:
+    """Numbers that a layer of experts holds for each token of a rank at most.
+
+    The stage's input, the layer's input, attention's output and the norm's. Then for each expert of the token a copy as
+    it is sent, as it arrives and sorted by expert; and beside these the first product and the activation, the
+    activation and the second product, or the second product in the order of the experts and in that of the ranks.
+    """
+    hidden, ffn = shape.hidden, shape.expert_ffn
+    return 4 * hidden + shape.experts_per_token * (3 * hidden + max(3 * ffn, ffn + hidden, 2 * hidden))
 
 
 def _loss(config: TrainConfig, tokens: int, student: ModelShape, teacher: ModelShape) -> int:

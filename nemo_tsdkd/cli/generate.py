@@ -39,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.shard_size is not None and args.shard_size < 1:
         raise UserError(f"--shard-size = {args.shard_size}: must be at least 1. Give a positive number.")
     config = config_from(args)
-    check_setup(config, batch=False)
+    shapes = check_setup(config, batch=False)
+    if args.model in shapes and shapes[args.model].experts:
+        raise UserError(
+            f"{args.model}.path = {getattr(config, args.model).path!r}: a mixture of experts, but `generate` decodes "
+            "dense models only. Let an inference engine write the responses; train on its file, rollout.lmbda = 0."
+        )
     parallel = config.layout_of(args.model)
     block = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     if place.world_size % block:

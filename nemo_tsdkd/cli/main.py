@@ -76,6 +76,8 @@ def check_main(argv: Sequence[str]) -> None:
     if not config.one_layout:
         ranks = config.teacher_world_size
         print(f"# the teacher on {ranks} of them: {_layout(config.teacher_parallel, ranks)}")
+    if (experts := config.teacher.parallel.expert_model_parallel_size) > 1:
+        print(f"# each expert of the teacher's on one of {experts} ranks")
     for what in not_checked:
         print(f"# not checked: {what}")
     if len(shapes) == 2:

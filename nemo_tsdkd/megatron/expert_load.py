@@ -44,10 +44,11 @@ class ExpertLoad:
 
 
 def largest_over_mean(counts: Tensor) -> float:
-    """The share of the busiest expert over the mean share, in the layer where it is largest: 1 is balanced, the number
-    of experts over those chosen for a token is the worst.
+    """The share of a layer's busiest expert over the mean share, on average over the layers. 1 is balanced; the number
+    of experts over those chosen for a token is the worst. With one expert on a rank, so many times longer a pass of the
+    experts takes than a balanced one.
 
     Args:
         counts: `[layers, experts]`, of all ranks. Tensor-parallel ranks that hold the same tokens may count them each.
     """
-    return (counts.amax(1) / counts.double().mean(1)).max().item()
+    return (counts.amax(1) / counts.double().mean(1)).mean().item()

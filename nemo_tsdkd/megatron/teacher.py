@@ -56,13 +56,13 @@ class Teacher:
         self.train_config, self.job, self.pad_id = train_config, job, pad_id
         self.layout, self.student = teacher_layout(train_config), student_layout(train_config)
         self.bytes_sent, self.expert_load = 0, None
-        self._experts = (gpt_config.num_layers, gpt_config.num_moe_experts)
+        self._layers, self._experts = gpt_config.num_layers, gpt_config.num_moe_experts or 0
         self._row = (gpt_config.hidden_size, gpt_config.params_dtype)
         loaded_head = None if train_config.one_layout else self._load_head(gpt_config, checkpoint)
         self._pass = None
         if job.rank in self.layout.ranks:
             # Experts need groups that the student's parallel state has not, also where the layout is the same.
-            shared = train_config.one_layout and not gpt_config.num_moe_experts
+            shared = train_config.one_layout and not self._experts
             parallel = None if shared else train_config.teacher_parallel
             teacher_config, keep_head = train_config.teacher, train_config.one_layout
             self._pass = TeacherPass(gpt_config, checkpoint, teacher_config, parallel, keep_head=keep_head)
@@ -194,8 +194,7 @@ class Teacher:
     def _as_many_on_all_ranks(self, micro_batches: list[MicroBatch], split: BatchSplit) -> list[MicroBatch]:
         """With experts, micro-batches without a token after this rank's own: in every layer all ranks that share the
         experts exchange tokens, as often as the rank with the most micro-batches does."""
-        layers, experts = self._experts
-        if not experts:
+        if not self._experts:
             return micro_batches
         most = int(split.micro_batches_of_ranks().max())
         return micro_batches + [
@@ -205,13 +204,11 @@ class Teacher:
 
     def _reduce_expert_load(self) -> float | None:
         """The last pass's `expert_load`, on all ranks of the job. Collective, with experts."""
-        layers, experts = self._experts
-        if not experts:
+        if not self._experts:
             return None
-        load = self._pass.expert_load if self._pass else None
-        counts = torch.zeros(layers, experts, dtype=torch.int64, device=torch.cuda.current_device())
-        if load:
-            counts += load.counts
+        counts = torch.zeros(self._layers, self._experts, dtype=torch.int64, device=torch.cuda.current_device())
+        if self._pass:
+            counts += self._pass.expert_load.counts
         self.job.device_group.allreduce([counts]).wait()
         return largest_over_mean(counts)
 
