@@ -50,6 +50,7 @@ _HARMLESS = set(
     "bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values "
     "exponential_decay_length_penalty suppress_tokens begin_suppress_tokens unsloth_version unsloth_fixed".split()
 )
+EXPERTS = ("num_experts", "num_local_experts")  # the number of experts, as transformers 4 and as 5 calls it
 _SLIDING = frozenset({"sliding_window", "max_window_layers"})  # without effect: use_sliding_window, layer_types decide
 
 
@@ -78,8 +79,8 @@ ARCHITECTURES = {
     "qwen3": Architecture("Qwen3ForCausalLM", harmless=_SLIDING),
     "qwen3_moe": Architecture(
         "Qwen3MoeForCausalLM",
-        sizes=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
-        carried_over=frozenset({"norm_topk_prob"}),
+        sizes=("num_experts_per_tok", "moe_intermediate_size"),
+        carried_over=frozenset({*EXPERTS, "norm_topk_prob"}),
         only={"mlp_only_layers": [], "decoder_sparse_step": 1},  # every layer is a mixture of experts
         harmless=_SLIDING | {"output_router_logits", "router_aux_loss_coef"},
     ),
@@ -161,11 +162,19 @@ def _check_dtype_and_layers(config: Mapping[str, Any], path: Path) -> None:
     _require(layers is None or layers == full, path, "layer_types", layers, rule, "Correct one of the two.")
 
 
+def number_of_experts(config: Mapping[str, Any], path: Path) -> Any:
+    """The number of experts in a layer, None without one. Raises UserError where two keys contradict."""
+    found = [config[name] for name in EXPERTS if config.get(name) is not None]
+    _require(len(set(found)) < 2, path, EXPERTS[1], found[-1:], f"is not {EXPERTS[0]}", "Drop one.")
+    return found[0] if found else None
+
+
 def _check_router(config: Mapping[str, Any], path: Path) -> None:
     """Raise UserError where a mixture of experts' router asks for what Megatron's has not."""
-    chosen, normalized = config["num_experts_per_tok"], config.get("norm_topk_prob", False)
-    rule = f"must not exceed num_experts = {config['num_experts']}"
-    _require(chosen <= config["num_experts"], path, "num_experts_per_tok", chosen, rule, "Correct one of the two.")
+    experts, chosen = number_of_experts(config, path), config["num_experts_per_tok"]
+    _require_positive_integer(path, EXPERTS[0], experts)
+    rule, normalized = f"must not exceed num_experts = {experts}", config.get("norm_topk_prob", False)
+    _require(chosen <= experts, path, "num_experts_per_tok", chosen, rule, "Correct one of the two.")
     _require(isinstance(normalized, bool), path, "norm_topk_prob", normalized, "must be true or false", "Write one.")
     rule = "must be false with num_experts_per_tok = 1, or every weight would be 1"
     _require(chosen > 1 or not normalized, path, "norm_topk_prob", normalized, rule)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_tsdkd.checkpoints.atomic import read_json
+from nemo_tsdkd.checkpoints.hf_config import number_of_experts
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint
 from nemo_tsdkd.config.integers import round_up
 from nemo_tsdkd.config.validation import UserError
@@ -95,7 +96,7 @@ class ModelShape:
                 ffn=c["intermediate_size"],
                 vocab=c["vocab_size"],
                 tied=c.get("tie_word_embeddings", False),
-                experts=c.get("num_experts", 0),
+                experts=number_of_experts(c, path) or 0,
                 experts_per_token=c.get("num_experts_per_tok", 0),
                 expert_ffn=c.get("moe_intermediate_size", 0),
             )

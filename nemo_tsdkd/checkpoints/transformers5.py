@@ -1,6 +1,7 @@
 """Translate folders that transformers 5 wrote for transformers 4, which NeMo needs.
 
-transformers 4 ignores their RoPE settings without a warning and cannot read their tokenizers.
+transformers 4 ignores their RoPE settings and their number of experts without a warning and cannot read their
+tokenizers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from nemo_tsdkd.checkpoints.atomic import read_json, write_json
-from nemo_tsdkd.checkpoints.hf_config import rope
+from nemo_tsdkd.checkpoints.hf_config import EXPERTS, number_of_experts, rope
 
 AS_WRITTEN = "as_written."  # prefix of the original of a translated file
 
@@ -59,6 +60,8 @@ def _translations(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _config(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    if (experts := number_of_experts(config, path)) is not None:
+        config = {name: value for name, value in config.items() if name not in EXPERTS} | {EXPERTS[0]: experts}
     if config.get("rope_parameters") is None:
         return config
     known = rope(config, path)

@@ -10,10 +10,14 @@ from safetensors.torch import load_file
 from training_runs import SP, TP
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "llama"])
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen3_moe", "llama"])
 def test_import_and_export_give_the_source_back(model_type, tmp_path):
-    """Both compare their logits with Hugging Face's; `engine_cases` has Qwen2."""
-    source = tiny_hf.save_hf(tmp_path / "hf", model_type, num_hidden_layers=2)
+    """Both compare their logits with Hugging Face's; `engine_cases` has Qwen2. Experts are in grouped layers."""
+    experts = EXPERTS if model_type == "qwen3_moe" else {}
+    source = tiny_hf.save_hf(tmp_path / "hf", model_type, num_hidden_layers=2, **experts)
     ranks.run_ranks(tiny_run.import_hf, 1, source, tmp_path / "nemo", meet=False)
     ranks.run_ranks(tiny_run.export, 1, tmp_path / "nemo", "hf", tmp_path / "back", meet=False)
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))

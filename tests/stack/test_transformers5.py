@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from nemo_tsdkd.checkpoints.manifest import MANIFEST
 
 DATA = Path(__file__).parents[1] / "data" / "transformers5"
-MODELS = ("qwen2", "qwen3", "llama")  # the last with llama3 scaling and a tied head
+MODELS = ("qwen2", "qwen3", "qwen3_moe", "llama")  # the last with llama3 scaling and a tied head
 # What transformers 5.24 wrote of a tokenizer that transformers 4 had saved: without these keys it is tiny_hf's.
 TOKENIZER = {
     "qwen2": {"tokenizer_class": "Qwen2Tokenizer", "extra_special_tokens": ["<|im_start|>", "<|im_end|>"]},
     "qwen3": {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<|im_start|>"]},
+    "qwen3_moe": {"tokenizer_class": "Qwen2Tokenizer"},
     "llama": {"tokenizer_class": "TokenizersBackend"},
 }
 
@@ -34,7 +35,9 @@ def write(folder: Path, model_type: str) -> Path:
     settings |= {"backend": "tokenizers", "is_local": True, "local_files_only": False} | TOKENIZER[model_type]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     shutil.copy(DATA / model_type / "config.json", folder)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    config = AutoConfig.from_pretrained(folder)
+    config.num_experts = getattr(config, "num_local_experts", 0)  # of which transformers 4 knows nothing
+    model = AutoModelForCausalLM.from_config(config)
     weights = hashed_weights({name: tuple(p.shape) for name, p in model.named_parameters()})
     save_file(
         {name: torch.from_numpy(w) for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"}

@@ -237,6 +237,7 @@ def test_each_rule_names_its_field_and_value(overrides, message):
         tiny(*overrides.split()).validate()
 
 
+EXPERTS = "expert_model_parallel_size"
 NODES = ("parallel.num_nodes=4", "parallel.gpus_per_node=2", "global_batch_size=16")
 
 
@@ -271,6 +272,18 @@ NODES = ("parallel.num_nodes=4", "parallel.gpus_per_node=2", "global_batch_size=
             "teacher.micro_batch_size=3",
             "teacher.micro_batch_size = 3: must not exceed micro_batch_size = 2: in one layout",
         ),
+        (
+            "teacher.parallel.expert_model_parallel_size=3",
+            "teacher.parallel.expert_model_parallel_size = 3: must divide the 8 ranks of a pipeline stage",
+        ),
+        (
+            "teacher.parallel.expert_model_parallel_size=8 teacher.parallel.pipeline_model_parallel_size=2",
+            "teacher.parallel.expert_model_parallel_size = 8: must divide the 4 ranks of a pipeline stage",
+        ),
+        (
+            "teacher.parallel.expert_model_parallel_size=0",
+            "teacher.parallel.expert_model_parallel_size = 0: must be greater",
+        ),
     ],
 )
 def test_each_rule_of_two_layouts_names_its_field_and_value(overrides, message):
@@ -282,7 +295,10 @@ def test_each_rule_of_two_layouts_names_its_field_and_value(overrides, message):
 
 def test_the_teachers_layout_is_the_students_where_it_is_left_open():
     config = tiny(*NODES, "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
-    assert config.one_layout and config.teacher_parallel == config.parallel
+    assert config.one_layout and vars(config.teacher_parallel) == {**vars(config.parallel), EXPERTS: 1}
+    config.teacher.parallel.expert_model_parallel_size = 4  # hidden states stay where they are
+    config.validate()
+    assert config.one_layout and vars(config.teacher_parallel) == {**vars(config.parallel), EXPERTS: 4}
     config.teacher.parallel.tensor_model_parallel_size = 1  # with it, sequence parallelism has no meaning
     config.validate()
     assert not config.one_layout and not config.teacher_parallel.sequence_parallel
@@ -357,6 +373,45 @@ def pair(tmp_path_factory):
     tiny_hf.save_hf(folder / "teacher", num_hidden_layers=4, vocab_size=512)
     (folder / "data.jsonl").touch()
     return [f"student.path={folder}/student", f"teacher.path={folder}/teacher", f"data.path={folder}/data.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def experts(pair, tmp_path_factory):
+    """A config.json alone is all that these checks read of a teacher, beside its weights' names."""
+    folder = tmp_path_factory.mktemp("experts")
+    sizes = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "num_hidden_layers": 2}
+    return str(tiny_hf.save_hf(folder / "teacher", "qwen3_moe", **sizes))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("student.path={experts}", r"student.path = '\S+': a mixture of 6 experts; only the teacher may be one"),
+        (f"parallel.gpus_per_node=2 teacher.parallel.{EXPERTS}=2", f"{EXPERTS} = 2: the teacher is dense"),
+        (
+            f"teacher.path={{experts}} parallel.gpus_per_node=4 teacher.parallel.{EXPERTS}=4 global_batch_size=8",
+            f"{EXPERTS} = 4: must divide the teacher's 6 experts",
+        ),
+        (
+            "teacher.path={experts} teacher.precision=fp8_tensorwise teacher.micro_batch_size=1",
+            "FP8 needs dimensions that are multiples of 16, but the expert's width is 40",
+        ),
+    ],
+)
+def test_what_only_a_teacher_with_experts_may_have(overrides, message, pair, experts):
+    if "width is 40" in message:
+        experts = experts + "_thin"
+        tiny_hf.save_hf(Path(experts), "qwen3_moe", num_hidden_layers=4, moe_intermediate_size=40, num_experts=4)
+    config = tiny(*pair, *overrides.format(experts=experts).split())
+    with pytest.raises(UserError, match=message) as error:
+        check_setup(config)
+    assert str(error.value).count("\n") <= 2
+
+
+def test_check_setup_accepts_a_teacher_with_experts(pair, experts):
+    ranks = ("parallel.gpus_per_node=3", f"teacher.parallel.{EXPERTS}=3", "global_batch_size=6")
+    shape = check_setup(tiny(*pair, f"teacher.path={experts}", *ranks))["teacher"]
+    assert (shape.experts, shape.experts_per_token, shape.expert_ffn) == (6, 2, 48)
 
 
 def test_check_setup_reads_both_models(pair):

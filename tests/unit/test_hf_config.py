@@ -59,6 +59,22 @@ PUBLISHED = {
         "sliding_window": None,
         "torch_dtype": "bfloat16",
     },
+    "Qwen3-30B-A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "output_router_logits": False,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "torch_dtype": "bfloat16",
+    },
     "Llama-3.1": {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -85,6 +101,7 @@ ROPES = {
     "Qwen2.5-7B-Instruct": Rope(1e6),
     "DeepSeek-R1-Distill-Qwen": Rope(1e4),
     "Qwen3-8B": Rope(1e6),
+    "Qwen3-30B-A3B": Rope(1e6),
     "Llama-3.1": Rope(5e5, Llama3Scaling(8.0, 1.0, 4.0, 8192)),
     "SmolLM2": Rope(130000.0),
 }
@@ -97,7 +114,7 @@ def test_published_configurations_are_read(name):
     assert rope(config, PATH) == ROPES[name]
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe", "llama"])
 def test_what_either_transformers_writes_by_default_is_read(model_type):
     from transformers import AutoConfig
 
@@ -108,6 +125,7 @@ def test_what_either_transformers_writes_by_default_is_read(model_type):
 
 QWEN = {"model_type": "qwen2", "torch_dtype": "bfloat16", **SIZES}
 LLAMA = QWEN | {"model_type": "llama"}
+MOE = SIZES | PUBLISHED["Qwen3-30B-A3B"]
 
 
 def scaled(rope_type, **settings):
@@ -119,6 +137,23 @@ REFUSED = {
     "unknown and false": (QWEN | {"norm_after": False}, "norm_after = False"),
     "of another architecture": (QWEN | {"pretraining_tp": 2}, "pretraining_tp = 2: not a setting of qwen2"),
     "quantized": (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config"),
+    "dense layers among experts": (MOE | {"mlp_only_layers": [0]}, r"mlp_only_layers = [0]: must be []"),
+    "experts in each second layer": (MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step = 2: must be 1"),
+    "no number of experts": (
+        {k: v for k, v in MOE.items() if k != "num_experts"},
+        "num_experts = None: must be a whole",
+    ),
+    "more experts than there are": (
+        MOE | {"num_experts": 4},
+        "num_experts_per_tok = 8: must not exceed num_experts = 4",
+    ),
+    "one weight of one": (
+        MOE | {"num_experts_per_tok": 1},
+        "norm_topk_prob = True: must be false with num_experts_per",
+    ),
+    "two numbers of experts": (MOE | {"num_local_experts": 64}, "num_local_experts = [64]: is not num_experts"),
+    "no answer": (MOE | {"norm_topk_prob": "yes"}, "norm_topk_prob = 'yes': must be true or false"),
+    "experts of a dense model": (QWEN | {"num_experts": 8}, "num_experts = 8: not a setting of qwen2"),
     "chunks": (QWEN | {"dual_chunk_attention_config": {"chunk_size": 262144}}, "dual_chunk_attention_config"),
     "activation": (QWEN | {"hidden_act": "gelu"}, "hidden_act = 'gelu': must be \"silu\""),
     "output bias": (LLAMA | {"attention_bias": True}, "attention_bias = True: must be false"),

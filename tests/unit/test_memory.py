@@ -7,7 +7,7 @@ import pytest
 import torch
 from ledger import Ledger
 
-from nemo_tsdkd.checkpoints.shape import QWEN2_5, ModelShape
+from nemo_tsdkd.checkpoints.shape import QWEN2_5, QWEN3, ModelShape
 from nemo_tsdkd.checks.memory import GIB, RESERVE, per_gpu, per_stage, teacher_per_gpu
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.objective import tsdkd_loss, tsdkd_loss_from_hidden
@@ -37,6 +37,33 @@ def test_parameters_are_the_published_ones(name, published):
     assert shape.layers * shape.layer_params + tables + final_norm == published
     padding = (shape.padded_vocab(1) - shape.vocab) * (1 if shape.tied else 2) * shape.hidden
     assert shape.stage_params(tp=1, pp=1, stage=0) + final_norm == published + padding
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),  # parameter counts of the safetensors files on the hub
+    [("4B", 4_022_468_096), ("8B", 8_190_735_360), ("30B-A3B", 30_532_122_624), ("235B-A22B", 235_093_634_560)],
+)
+def test_parameters_of_qwen3_are_the_published_ones(name, published):
+    shape = QWEN3[name]
+    # Counted with biases of q, k and v, which Qwen3 has not; without the norms of q and k, and the last norm.
+    bias, norms = shape.q_width + 2 * shape.kv_width, 2 * shape.head_dim
+    tables = (1 if shape.tied else 2) * shape.vocab * shape.hidden
+    assert shape.layers * (shape.layer_params - bias + norms) + tables + shape.hidden == published
+
+
+def test_expert_parallelism_divides_the_experts_and_nothing_else():
+    def of(ep, tp=1, pp=1):
+        c = config(pp=pp, gpus=8, nodes=2)
+        c.teacher.parallel.expert_model_parallel_size, c.teacher.parallel.tensor_model_parallel_size = ep, tp
+        return per_gpu(c, QWEN3["4B"], QWEN3["30B-A3B"])
+
+    layer = 128 * 3 * 2048 * 768  # numbers of 2 bytes
+    assert of(1).teacher_weights - of(8).teacher_weights == 48 * 2 * (layer - layer // 8)
+    assert of(8).teacher_pass == of(1).teacher_pass  # balanced routing brings as many tokens as it takes away
+    assert of(8, pp=2).teacher_weights == pytest.approx(of(8).teacher_weights / 2, rel=0.1)
+    # Tensor parallelism divides the rest: attention, a router and norms; the head is elsewhere.
+    rest = 2048 * (2 * 4096 + 2 * 512) + 5120 + 2048 * 128 + 2 * 2048
+    assert of(8).teacher_weights - of(8, tp=2).teacher_weights == pytest.approx(48 * rest + 152576 * 2048, rel=0.01)
 
 
 def test_fp32_doubles_weights_and_activations():

@@ -36,7 +36,9 @@ def import_hf(source: Path, output: Path) -> None:
             GenerationConfig.from_model_config(AutoConfig.from_pretrained(assets)).save_pretrained(assets)
         config = config_from_hf(assets)
         model, trainer = _unloaded_model(config, assets)
-        hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=config.params_dtype, use_safetensors=True)
+        hf_model = AutoModelForCausalLM.from_pretrained(
+            source, config=AutoConfig.from_pretrained(assets), dtype=config.params_dtype, use_safetensors=True
+        )
         to_megatron(hf_model, model.module)
         del hf_model
         io.ModelConnector().nemo_save(output, trainer)

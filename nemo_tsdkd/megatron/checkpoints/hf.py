@@ -227,15 +227,17 @@ def _compared_logits(hf_folder: Path, gpt: MCoreGPTModel, tokens: Tensor) -> tup
 
 
 def _config_as_written(hf_folder: Path) -> PretrainedConfig:
-    """transformers' config, its rotary embedding set from config.json by hand.
+    """transformers' config, its rotary embedding and number of experts set from config.json by hand.
 
-    transformers 4 passes over transformers 5's `rope_parameters`, and the import's own reading of them is what the
-    comparison has to prove: it is not used here.
+    transformers 4 passes over transformers 5's `rope_parameters` and `num_local_experts`, and the import's own reading
+    of them is what the comparison has to prove: it is not used here.
     """
-    config = AutoConfig.from_pretrained(hf_folder)
-    if written := json.loads((hf_folder / "config.json").read_text()).get("rope_parameters"):
-        config.rope_theta = written.get("rope_theta", config.rope_theta)
-        config.rope_scaling = written
+    config, written = AutoConfig.from_pretrained(hf_folder), json.loads((hf_folder / "config.json").read_text())
+    if position := written.get("rope_parameters"):
+        config.rope_theta = position.get("rope_theta", config.rope_theta)
+        config.rope_scaling = position
+    if experts := written.get("num_local_experts"):
+        config.num_experts = experts
     return config
 
 

@@ -150,4 +150,4 @@ def _fused_kernels() -> None:
     """The project turns fusions off whose kernels a CPU lacks. The stand-ins have Transformer Engine's rotary embedding
     and Apex's accumulating product; what is left are kernels that Transformer Engine's layers do not use."""
     cpu = importlib.import_module("nemo_tsdkd.megatron.cpu")
-    cpu.missing_kernels = ("masked_softmax_fusion", "persist_layer_norm")
+    cpu.missing_kernels = ("masked_softmax_fusion", "persist_layer_norm", "moe_permute_fusion")

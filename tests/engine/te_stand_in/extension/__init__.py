@@ -19,7 +19,7 @@ from te_stand_in.extension.attention import (
     scaled_upper_triang_masked_softmax_backward,
     scaled_upper_triang_masked_softmax_forward,
 )
-from te_stand_in.extension.gemm import generic_gemm
+from te_stand_in.extension.gemm import generic_gemm, te_general_grouped_gemm
 from te_stand_in.extension.norms import layernorm_bwd, layernorm_fwd, rmsnorm_bwd, rmsnorm_fwd
 from te_stand_in.extension.optimizer import (
     multi_tensor_adam,
@@ -88,11 +88,11 @@ def _absent(name: str) -> Any:
     return refuse
 
 
-# What a dense GPT does not call: Transformer Engine's modules look the names up while they are imported.
+# What no model here calls: Transformer Engine's modules look the names up while they are imported.
 _ABSENT = """
 gelu geglu qgelu qgeglu relu reglu srelu sreglu silu swiglu clamped_swiglu dgelu dgeglu dqgelu dqgeglu drelu dreglu
 dsrelu dsreglu dsilu dswiglu clamped_dswiglu dbias_dgelu dbias_drelu dbias_dqgelu dbias_dsrelu dbias_dsilu
-split_quantize te_general_grouped_gemm rmsnorm_bwd_add multi_tensor_sgd multi_tensor_adam_fp8
+split_quantize rmsnorm_bwd_add multi_tensor_sgd multi_tensor_adam_fp8
 multi_tensor_adam_capturable multi_tensor_adam_capturable_master multi_tensor_adam_param_remainder
 multi_tensor_compute_scale_and_scale_inv multi_tensor_compute_scale_inv_e8m0
 fused_amax_and_scale_update_after_reduction fp8_block_scaling_compute_partial_amax fp8_block_scaling_partial_cast

@@ -65,6 +65,25 @@ def generic_gemm(
         return [out if quantizer is None else quantize(out, quantizer), bias_grad, None, None]
 
 
+def te_general_grouped_gemm(
+    A: list[Any], transa: bool, B: list[Any], transb: bool, D: list[Tensor], D_type: DType, m_splits: list[int],
+    bias: list[Tensor], bias_type: DType, single_output: bool, pre_gelu_out: list[Tensor], grad: bool,
+    workspace: list[Tensor], workspace_size: int, accumulate: bool, use_split_accumulator: bool, math_sm_count: int,
+) -> list[Tensor]:  # fmt: skip
+    """One product for each of the operands; `single_output`: their rows follow one another in the only output."""
+    modelled(not grad and not accumulate, "grouped products of a backward pass")
+    modelled(not any(b.numel() for b in bias), "grouped products with a bias")
+    outputs = list(D[0].split(m_splits)) if single_output else D
+    require(len(A) == len(B) == len(outputs), "as many outputs as products")
+    for a, b, out in zip(A, B, outputs, strict=True):
+        if b.numel():  # an expert without a token
+            generic_gemm(
+                *(a, transa, b, transb, out, None, D_type, None, bias_type, False, None, grad),
+                *(workspace[0], workspace_size, accumulate, use_split_accumulator),
+            )
+    return bias
+
+
 def _dtype(x: Any) -> torch.dtype:
     dtype = getattr(x, "dtype", None)
     modelled(dtype is not None, "a product of quantized storage without an output type")
