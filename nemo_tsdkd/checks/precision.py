@@ -127,7 +127,8 @@ def check_shapes(config: TrainConfig, student: ModelShape, teacher: ModelShape) 
             ("hidden size", shape.hidden),
             ("QKV width on a rank", (shape.q_width + 2 * shape.kv_width) // tp),
             ("attention width on a rank", shape.q_width // tp),
-            ("expert's width", shape.expert_ffn) if shape.experts else ("MLP width on a rank", shape.ffn // tp),
+            ("MLP width on a rank", 0 if shape.experts else shape.ffn // tp),
+            ("expert's width", shape.expert_ffn),  # an expert is whole, whatever the TP
         ):
             if width % WEIGHT_MULTIPLE:
                 raise UserError(

@@ -9,7 +9,6 @@ from interruptions import same, steps_done, train
 from safetensors.torch import load_file
 from training_runs import SP, TP
 
-
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 
