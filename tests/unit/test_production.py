@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_tsdkd.checkpoints.shape import QWEN2_5
+from nemo_tsdkd.checkpoints.shape import QWEN2_5, QWEN3
 from nemo_tsdkd.checks.memory import GIB, per_gpu
 from nemo_tsdkd.checks.precision import FP8, check_shapes
 from nemo_tsdkd.checks.setup import check_model_fits
@@ -36,8 +36,9 @@ def load(name, *overrides):
 
 
 def shapes(name):
-    teacher, student = re.match(r"tsdkd_([\d.]+b)_to_([\d.]+b)", name).groups()
-    return {"student": QWEN2_5[student.upper()], "teacher": QWEN2_5[teacher.upper()]}
+    family, teacher, student = re.match(r"tsdkd_(qwen3_)?([\w.]+b)_to_([\d.]+b)", name).groups()
+    models = QWEN3 if family else QWEN2_5
+    return {"student": models[student.upper()], "teacher": models[teacher.upper().replace("_", "-")]}
 
 
 def memory_table():
