@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from test_layouts import compare, results, run
 
+from nemo_tsdkd.cli.generate import main as generate
 from nemo_tsdkd.config.schema import TeacherConfig, TeacherLayoutConfig
 from nemo_tsdkd.config.train_config import TrainConfig
+from nemo_tsdkd.config.validation import UserError
 
 TP, PP, SP, EP = (
     "tensor_model_parallel_size",
@@ -184,3 +186,10 @@ def test_five_steps_equal_those_of_one_process(name, root, models, alone, tmp_pa
     added = ranks.run_ranks(train, config.parallel.world_size, config, meet=False)
     assert any(added) == (name == "ep2"), added  # one rank has fewer micro-batches than the other
     compare(*ranks.run_ranks(results, 1, Path(config.run_dir), config.max_steps)[0], *alone)
+
+
+def test_generate_refuses_experts(root, models, tmp_path):
+    paths = {"student": root / "student", "teacher": models / "normalized", "data": root / "data.jsonl"}
+    settings = [f"run_dir={tmp_path}/run", *(f"{name}.path={path}" for name, path in paths.items())]
+    with pytest.raises(UserError, match="a mixture of experts, but `generate` decodes dense models only"):
+        generate(["--config-name", "tiny", "--model", "teacher", "--output", str(tmp_path / "out"), *settings])
