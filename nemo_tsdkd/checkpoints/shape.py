@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from nemo_tsdkd.checkpoints.atomic import read_json
@@ -111,17 +112,12 @@ QWEN2_5 = {
     "32B": ModelShape(layers=64, hidden=5120, heads=40, kv_heads=8, ffn=27648, vocab=152064),
     "72B": ModelShape(layers=80, hidden=8192, heads=64, kv_heads=8, ffn=29568, vocab=152064),
 }
+_QWEN3_MOE = partial(ModelShape, kv_heads=4, vocab=151936, experts=128, experts_per_token=8)
 QWEN3 = {
     "4B": ModelShape(layers=36, hidden=2560, heads=32, kv_heads=8, ffn=9728, vocab=151936, tied=True),
     "8B": ModelShape(layers=36, hidden=4096, heads=32, kv_heads=8, ffn=12288, vocab=151936),
-    "30B-A3B": ModelShape(
-        **{"layers": 48, "hidden": 2048, "heads": 32, "kv_heads": 4, "ffn": 6144, "vocab": 151936},
-        **{"experts": 128, "experts_per_token": 8, "expert_ffn": 768},
-    ),
-    "235B-A22B": ModelShape(
-        **{"layers": 94, "hidden": 4096, "heads": 64, "kv_heads": 4, "ffn": 12288, "vocab": 151936},
-        **{"experts": 128, "experts_per_token": 8, "expert_ffn": 1536},
-    ),
+    "30B-A3B": _QWEN3_MOE(layers=48, hidden=2048, heads=32, ffn=6144, expert_ffn=768),
+    "235B-A22B": _QWEN3_MOE(layers=94, hidden=4096, heads=64, ffn=12288, expert_ffn=1536),
 }
 
 
