@@ -1,5 +1,7 @@
 """Checkpoints of models and optimizer over Transformer Engine: families, resume with its FusedAdam."""
 
+import shutil
+
 import pytest
 import ranks
 import tiny_hf
@@ -42,11 +44,9 @@ def test_a_killed_run_resumes_bit_for_bit(name, configure, tmp_path):
     uninterrupted = train(configure(tmp_path / "whole", name))
     config = configure(tmp_path / "parts", name)
     assert train(config, kill_when=steps_done(config, 3)) is None
-    resumed = train(config)
-    assert same(resumed, uninterrupted)
+    shutil.copytree(config.run_dir, tmp_path / "other")
+    assert same(train(config), uninterrupted)
     if name == "fp32":  # exact enough to compare layouts
-        other = configure(tmp_path / "other", name)
-        assert train(other, kill_when=steps_done(other, 3)) is None
         on_dp2 = train(configure(tmp_path / "other", name, layout="dp2"))
         assert on_dp2.samples == uninterrupted.samples
         for row, expected in zip(on_dp2.metrics, uninterrupted.metrics, strict=True):
