@@ -93,3 +93,24 @@ class Job:
         """Step of the newest checkpoint, as the trainer says; 0 before the first."""
         path = self.run_dir / "last_step"
         return int(path.read_text().strip() or 0) if path.exists() else 0
+
+    def process(self, rank: int) -> int:
+        """The process of one rank of the training step; nodes of the lab share the machine's process numbers."""
+        wanted = {f"SLURM_JOB_ID={self.id}", f"SLURM_PROCID={rank}"}
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (path / "cmdline").read_bytes().split(b"\0")
+                environment = set((path / "environ").read_text(errors="replace").split("\0"))
+            except OSError:
+                continue
+            if b"train" in words and wanted <= environment:
+                return int(path.name)
+        raise AssertionError(f"no process of rank {rank}:\n{self.log}")
+
+
+def preempt(lab: Callable[..., str], job: Job) -> None:
+    """A job of a higher partition takes a node; the cluster sends SIGTERM to the tasks, or, where it sends user signals
+    (`lab.sh user-signal on`), the job's own --signal first."""
+    nodes = lab("run", "scontrol", "show", "hostnames", job.field("NodeList")).split()
+    others = [n for n in ("node1", "node2", "node3", "node4") if n not in nodes]
+    lab("run", "sbatch", "-p", "urgent", "--exclusive", "--nodes=1", f"--exclude={','.join(others)}", "--wrap=sleep 1")

@@ -2,12 +2,13 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from slurm_lab import ROOT, TWO_BY_TWO, Job, wait_until
+from slurm_lab import ROOT, TWO_BY_TWO, Job, preempt, wait_until
 
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if path.name != "lib.sh")
 TRAINING = [name for name in SCRIPTS if name.startswith("tsdkd_")]
@@ -117,6 +118,34 @@ def test_a_crash_loop_stops_after_restarts_without_progress(lab, stand_in):
     assert "check: exit status 2" in job.log  # of a restart, so no fault of the arguments
     assert "crash loop: 2 attempts in a row stopped at step 0" in job.log
     assert [p.name for p in sorted((stand_in / "run/logs").iterdir())] == [f"{job.id}.0", f"{job.id}.1"]
+
+
+def test_a_signal_to_the_steps_and_one_before_a_preemption_and_a_killed_task_are_requeued(lab, stand_in):
+    job = Job.submit(SCRIPT, stand_in / "run", STAND_IN_STEPS="999")
+
+    def wait_for_attempt(number: int) -> None:
+        wait_until(
+            lambda: (job.run_dir / "calls").exists() and len(calls(job, "train")) == 4 * number, 60, lambda: job.log
+        )
+
+    try:
+        wait_for_attempt(1)
+        lab("run", "scancel", "--signal=USR1", job.id)  # as a user would, past the script
+        wait_for_attempt(2)
+        assert "signalled" not in job.log
+        os.kill(job.process(rank=3), signal.SIGKILL)
+        wait_for_attempt(3)
+        lab("user-signal", "on")
+        preempt(lab, job)
+        job.wait_for("signalled: the steps have")  # by Slurm, through the script
+        wait_for_attempt(4)
+    finally:
+        lab("user-signal", "off")
+        lab("run", "scancel", job.id)
+    job.wait_end("CANCELLED")
+    stops = re.findall(r"stopped at step (\d+) with status (\d+): requeued", job.log)
+    assert [int(status) for _, status in stops] == [0, 137, 0]
+    assert 0 < int(stops[0][0]) <= int(stops[1][0]) < int(stops[2][0]) and job.field("Restarts") == "3"
 
 
 def test_a_hang_is_requeued_before_the_limit_ends_the_job_for_good(lab, stand_in):
