@@ -3,11 +3,14 @@ needs its own process."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer as NemoTokenizer
 from nemo.lightning import io
@@ -18,12 +21,19 @@ from nemo_tsdkd.checkpoints.atomic import read_json
 from nemo_tsdkd.checkpoints.completeness import require_complete
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, copy_assets, restore_assets
 from nemo_tsdkd.checkpoints.transformers5 import translate_assets
-from nemo_tsdkd.megatron.checkpoints.hf import CLASSES, config_from_hf, require_equal_logits, to_hf, to_megatron
+from nemo_tsdkd.distributed.groups import from_rank_zero
+from nemo_tsdkd.megatron.checkpoints.hf import CLASSES, config_from_hf, to_hf
 from nemo_tsdkd.megatron.checkpoints.load import gpt_config, load_weights
+from nemo_tsdkd.megatron.checkpoints.pieces import HFWeights, one_layer, pieces_of, share_of
+from nemo_tsdkd.megatron.checkpoints.proof import require_equal_logits
 
 
-def import_hf(source: Path, output: Path) -> None:
-    """Write the NeMo checkpoint of a Hugging Face folder into `output`.
+def import_hf(source: Path, output: Path | None) -> None:
+    """Write the NeMo checkpoint of a Hugging Face folder into `output`. Call it on any number of ranks: each reads its
+    share of the tensors, one by one, and writes it.
+
+    Args:
+        output: rank 0's counts.
 
     Raises:
         RuntimeError: the two models' logits differ.
@@ -35,14 +45,20 @@ def import_hf(source: Path, output: Path) -> None:
         if not (assets / "generation_config.json").is_file():
             GenerationConfig.from_model_config(AutoConfig.from_pretrained(assets)).save_pretrained(assets)
         config = config_from_hf(assets)
-        model, trainer = _unloaded_model(config, assets)
-        hf_model = AutoModelForCausalLM.from_pretrained(
-            source, config=AutoConfig.from_pretrained(assets), dtype=config.params_dtype, use_safetensors=True
-        )
-        to_megatron(hf_model, model.module)
-        del hf_model
-        io.ModelConnector().nemo_save(output, trainer)
-        require_equal_logits(source, model.module, assets)
+        model, trainer = _unloaded_model(config, assets, layers=1)
+        folder = Path(from_rank_zero(lambda: str(output)))
+        pieces = pieces_of(model.module, range(config.num_layers), config.num_layers)
+        share = share_of(pieces, dist.get_rank(), dist.get_world_size())
+        weights, template = HFWeights(source), model.module.to("meta")
+        tensors = {str(i): weights.fill(piece, template, config.params_dtype) for i, piece in enumerate(share)}
+
+        def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:  # called by NeMo's trainer, which adds the rest
+            checkpoint["sharded_state_dict"] = dict(tensors)
+
+        model.on_save_checkpoint = on_save_checkpoint
+        io.ModelConnector().nemo_save(folder, trainer)
+        tensors.clear()
+        require_equal_logits(source, folder, config, assets)
 
 
 def export_nemo(checkpoint: Path, output: Path) -> None:
@@ -72,14 +88,21 @@ def export_hf(checkpoint: Path, output: Path) -> None:
     restore_assets(assets, output)  # the source's generation_config.json too, which transformers might refuse to write
     del hf_model
     require_complete(output)
-    require_equal_logits(output, model.module, assets)
+    del model
+    require_equal_logits(output, checkpoint, config, assets)
 
 
-def _unloaded_model(config: llm.GPTConfig, assets: Path) -> tuple[llm.GPTModel, Any]:
-    """NeMo's model with the trainer that can save it."""
+def _unloaded_model(config: llm.GPTConfig, assets: Path, layers: int | None = None) -> tuple[llm.GPTModel, Any]:
+    """NeMo's model with the trainer that can save it; with `layers`, built with so many layers of `config`'s."""
     _, model_class = CLASSES[read_json(assets / "config.json")["model_type"]]
     model = model_class(config, tokenizer=NemoTokenizer(str(assets), trust_remote_code=False))
-    trainer = io.ModelConnector().nemo_setup(model)
+    if layers == 1:
+        model.config = one_layer(config)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    nodes = ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    strategy = nl.MegatronStrategy(ckpt_save_optimizer=False, always_save_context=True)
+    trainer = nl.Trainer(accelerator="cpu", devices=ranks // nodes, num_nodes=nodes, strategy=strategy)
+    io.ModelConnector().nemo_setup(model, trainer)
     _materialize(model.module)
     return model, trainer
 

@@ -7,7 +7,6 @@ grouped experts (without it they leave every norm at one).
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,9 @@ from nemo.collections.llm.gpt.model.qwen3 import Qwen3MoEConfig
 from nemo.lightning import io
 from nemo.lightning.io.state import TransformFns
 from nemo.lightning.pytorch.utils import dtype_from_hf
-from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -75,10 +70,6 @@ _MOE_NAMES = {
 # Of an expert's two linear layers. Transformer Engine multiplies all experts of a rank in one grouped layer.
 _GROUPED_EXPERTS = "decoder.layers.*.mlp.experts.{}.weight*"
 _LOCAL_EXPERTS = "decoder.layers.*.mlp.experts.local_experts.*.{}.weight"
-
-# One short text is enough: a wrong weight in any layer changes every logit.
-_SAMPLE = "Ann has 3 boxes with 12 eggs each and sells 7 eggs. How many are left? 3 * 12 = 36 and 36 - 7 = 29."
-_TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # of the logits' norm; Transformer Engine multiplies fp32 in TF32
 
 
 def config_from_hf(folder: Path) -> llm.GPTConfig:
@@ -135,15 +126,12 @@ def config_from_hf(folder: Path) -> llm.GPTConfig:
     )
 
 
-def to_megatron(hf_model: PreTrainedModel, gpt: MCoreGPTModel) -> None:
-    """Set the weights of a full Megatron model (no parallelism) from Hugging Face's."""
-    transforms = [
-        io.state_transform(_projections("weight"), f"{_QKV}.weight", TransformFns.merge_qkv),
-        io.state_transform(*_gate_up(gpt), TransformFns.merge_fc1),
-    ]
-    if gpt.config.add_qkv_bias:
-        transforms.append(io.state_transform(_projections("bias"), f"{_QKV}.bias", TransformFns.merge_qkv_bias))
-    io.apply_transforms(hf_model, gpt, _names(gpt), transforms, cast_dtype=gpt.config.params_dtype)
+def source_patterns(gpt: MCoreGPTModel) -> dict[str, tuple[str, ...]]:
+    """Megatron's name of each parameter, and Hugging Face's names of the tensors in it: one; q, k and v; or the two
+    halves of an MLP's first layer. `*` stands for the layer and, behind it, for the expert."""
+    gate_up, fc1 = _gate_up(gpt)
+    patterns: dict[str, tuple[str, ...]] = {megatron: (hf,) for hf, megatron in _names(gpt).items()}
+    return patterns | {fc1: gate_up, **{f"{_QKV}.{kind}": _projections(kind) for kind in ("weight", "bias")}}
 
 
 def to_hf(gpt: MCoreGPTModel, hf_model: PreTrainedModel) -> None:
@@ -188,73 +176,3 @@ def _names(gpt: MCoreGPTModel) -> dict[str, str]:
     if gpt.share_embeddings_and_output_weights:
         del names["lm_head.weight"]
     return names
-
-
-def require_equal_logits(hf_folder: Path, gpt: MCoreGPTModel, assets: Path) -> None:
-    """Compare a full Megatron model with a Hugging Face folder on a short text, both in fp32, one model after the
-    other and layer by layer: a GPU holds embedding, head and one layer.
-
-    Args:
-        hf_folder: the weights, and config.json as their author wrote it.
-        gpt: the model.
-        assets: the same model's tokenizer, in a form that the installed transformers reads.
-
-    Raises:
-        RuntimeError: their logits differ by more than fp32 rounding.
-    """
-    tokens = AutoTokenizer.from_pretrained(assets)(_SAMPLE, return_tensors="pt").input_ids.cuda()
-    expected, logits = _compared_logits(hf_folder, gpt, tokens)
-    error = ((logits - expected).norm() / expected.norm()).item()
-    tolerance = _TOLERANCE["cuda" if torch.cuda.is_available() else "cpu"]
-    if not error <= tolerance:  # NaN too
-        raise RuntimeError(f"{hf_folder}: Megatron's logits differ from Hugging Face's by {error:.1e} of their norm.")
-    logger.info("%s: Megatron's logits differ from Hugging Face's by %.1e of their norm.", hf_folder, error)
-
-
-@torch.no_grad()
-def _compared_logits(hf_folder: Path, gpt: MCoreGPTModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits `[1, S, V]` of both; on the GPU where there is one, since Transformer Engine's layers need it."""
-    dtype, gpt.config.params_dtype = gpt.config.params_dtype, torch.float32
-    hf_model = AutoModelForCausalLM.from_pretrained(
-        hf_folder, config=_config_as_written(hf_folder), dtype=dtype, use_safetensors=True
-    )
-    _stream(hf_model, hf_model.model.layers, dtype)
-    expected = hf_model.eval()(tokens).logits.cpu()
-    del hf_model
-    _stream(gpt, gpt.decoder.layers, dtype)
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    return expected, gpt.eval()(tokens, positions, None).cpu()
-
-
-def _config_as_written(hf_folder: Path) -> PretrainedConfig:
-    """transformers' config, its rotary embedding and number of experts set from config.json by hand.
-
-    transformers 4 passes over transformers 5's `rope_parameters` and `num_local_experts`, and the import's own reading
-    of them is what the comparison has to prove: it is not used here.
-    """
-    config, written = AutoConfig.from_pretrained(hf_folder), json.loads((hf_folder / "config.json").read_text())
-    if position := written.get("rope_parameters"):
-        config.rope_theta = position.get("rope_theta", config.rope_theta)
-        config.rope_scaling = position
-    if experts := written.get("num_local_experts"):
-        config.num_experts = experts
-    return config
-
-
-def _stream(model: nn.Module, layers: nn.ModuleList, dtype: torch.dtype) -> None:
-    """Move all but the layers to the device in fp32; each layer comes when it is called, and leaves in `dtype`."""
-    device = torch.cuda.current_device()
-    waiting = {id(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in waiting:
-            tensor.data = tensor.data.to(device, torch.float32)
-
-    def come(layer: nn.Module, *_: object) -> None:
-        layer.to(device, torch.float32)
-
-    def leave(layer: nn.Module, *_: object) -> None:
-        layer.to("cpu", dtype)
-
-    for layer in layers:
-        layer.register_forward_pre_hook(come)
-        layer.register_forward_hook(leave)
