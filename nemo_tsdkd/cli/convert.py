@@ -17,11 +17,14 @@ from nemo_tsdkd.checkpoints.foreign import require_safe
 from nemo_tsdkd.checkpoints.manifest import CHECKPOINTS, add_manifest, find_damage, has_manifest, newest_complete
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, is_nemo_checkpoint, require_importable
 from nemo_tsdkd.config.validation import UserError
+from nemo_tsdkd.distributed import launch
 from nemo_tsdkd.distributed.output import redirect_library_output
 
 
 def import_main(argv: Sequence[str] | None = None) -> None:
-    """`nemo-tsdkd import --source HF --output DIR`: a Hugging Face folder to a NeMo checkpoint."""
+    """`nemo-tsdkd import --source HF --output DIR`: a Hugging Face folder to a NeMo checkpoint. Several ranks (srun,
+    torchrun) hold and write a share of the model each."""
+    place = launch.environment()
     parser = argparse.ArgumentParser(prog="nemo-tsdkd import", description=import_main.__doc__)
     parser.add_argument("--source", type=Path, required=True, help="local Hugging Face folder with safetensors")
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
@@ -32,11 +35,13 @@ def import_main(argv: Sequence[str] | None = None) -> None:
     if has_manifest(args.source) and (damage := find_damage(args.source)):
         raise UserError(f"--source = {args.source}: {damage}. Export or copy the model again.")
     require_complete(args.source)
-    with _output(args.output) as folder:
+    _require_new(args.output)
+    with _output(args.output) if place.rank == 0 else _no_output(args.output, place.rank) as folder:
         from nemo_tsdkd.megatron.checkpoints.convert import import_hf
 
         import_hf(args.source, folder)
-    print(args.output)
+    if place.rank == 0:
+        print(args.output)
 
 
 def export_main(argv: Sequence[str] | None = None) -> None:
@@ -68,14 +73,27 @@ def _output(target: Path) -> Iterator[Path]:
         UserError: `target` exists or cannot be made.
         OSError: its disk is full.
     """
-    if target.exists():
-        raise UserError(f"--output = {target}: must not exist. Remove it or choose another folder.")
-    require_creatable("--output", target)
+    _require_new(target)
     log = target.with_name(f"{target.name}.log")
     with redirect_library_output(log), atomic_folder(target) as folder, detect_full_disk(folder):
         yield folder
         add_manifest(folder)
     log.unlink(missing_ok=True)
+
+
+@contextmanager
+def _no_output(target: Path, rank: int) -> Iterator[None]:
+    """What `_output` is to rank 0, for another rank, which fills the folder of rank 0."""
+    log = target.with_name(f"{target.name}.{rank}.log")
+    with redirect_library_output(log):
+        yield None
+    log.unlink(missing_ok=True)
+
+
+def _require_new(target: Path) -> None:
+    if target.exists():
+        raise UserError(f"--output = {target}: must not exist. Remove it or choose another folder.")
+    require_creatable("--output", target)
 
 
 def _best_of_run(run_dir: Path) -> Path:

@@ -101,6 +101,9 @@ def _always(value: Any) -> Callable[..., Any]:
 
 def _factories() -> None:
     """Megatron allocates its buffers with device="cuda" or torch.cuda.current_device()."""
+    from torch.utils import _device
+
+    _device._device_constructors()  # torch remembers the originals, which `with torch.device("meta")` looks out for
     names = (
         "tensor as_tensor empty zeros ones full rand randn randint randperm arange linspace eye empty_like "
         "zeros_like ones_like full_like rand_like randn_like empty_strided scalar_tensor"

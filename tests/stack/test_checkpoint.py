@@ -205,11 +205,11 @@ def test_a_model_without_generation_config_is_imported(tmp_path):
     ranks.run_ranks(tiny_run.import_hf, 1, hf, tmp_path / "nemo", meet=False)
 
 
-def lose_norms(source: Path, output: Path) -> str:
-    """Import with a table of names that forgets the layer norms, as NeMo's own does without Transformer Engine."""
+def swap_norms(source: Path, output: Path) -> str:
+    """Import with a table of names that confuses the two norms of a layer."""
     from nemo_tsdkd.megatron.checkpoints import hf
 
-    hf._PLAIN_NORMS = {}
+    hf._PLAIN_NORMS = dict(zip(hf._PLAIN_NORMS, reversed(hf._PLAIN_NORMS.values()), strict=True))
     try:
         tiny_run.import_hf(source, output)
     except RuntimeError as error:
@@ -217,9 +217,9 @@ def lose_norms(source: Path, output: Path) -> str:
     return "no error"
 
 
-def test_an_import_that_loses_weights_fails_loudly_and_leaves_its_log(tmp_path):
+def test_an_import_that_confuses_weights_fails_loudly_and_leaves_its_log(tmp_path):
     hf = tiny_hf.save_hf(tmp_path / "hf")
-    assert "logits differ" in ranks.run_ranks(lose_norms, 1, hf, tmp_path / "nemo", meet=False)[0]
+    assert "logits differ" in ranks.run_ranks(swap_norms, 1, hf, tmp_path / "nemo", meet=False)[0]
     assert {p.name for p in tmp_path.iterdir()} == {"hf", "nemo.log"}
     assert "logits differ" in (tmp_path / "nemo.log").read_text()
 
