@@ -24,7 +24,7 @@ from nemo_tsdkd.checkpoints.transformers5 import translate_assets
 from nemo_tsdkd.distributed.groups import from_rank_zero
 from nemo_tsdkd.megatron.checkpoints.hf import CLASSES, config_from_hf, to_hf
 from nemo_tsdkd.megatron.checkpoints.load import gpt_config, load_weights
-from nemo_tsdkd.megatron.checkpoints.pieces import HFWeights, one_layer, pieces_of, share_of
+from nemo_tsdkd.megatron.checkpoints.pieces import Conversion, HFWeights, one_layer, pieces_of, share_of
 from nemo_tsdkd.megatron.checkpoints.proof import require_equal_logits
 
 
@@ -45,12 +45,14 @@ def import_hf(source: Path, output: Path | None) -> None:
         if not (assets / "generation_config.json").is_file():
             GenerationConfig.from_model_config(AutoConfig.from_pretrained(assets)).save_pretrained(assets)
         config = config_from_hf(assets)
-        model, trainer = _unloaded_model(config, assets, layers=1)
+        if torch.cuda.is_available():  # each rank of a node proves some layers on its own GPU
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        model, trainer = _unloaded_model(config, assets, single_layer=True)
         folder = Path(from_rank_zero(lambda: str(output)))
-        pieces = pieces_of(model.module, range(config.num_layers), config.num_layers)
+        pieces = pieces_of(model.module, config.num_layers)
+        conversion = Conversion(HFWeights(source), model.module.to("meta"), config.params_dtype)
         share = share_of(pieces, dist.get_rank(), dist.get_world_size())
-        weights, template = HFWeights(source), model.module.to("meta")
-        tensors = {str(i): weights.fill(piece, template, config.params_dtype) for i, piece in enumerate(share)}
+        tensors = {str(i): conversion.fill(piece) for i, piece in enumerate(share)}
 
         def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:  # called by NeMo's trainer, which adds the rest
             checkpoint["sharded_state_dict"] = dict(tensors)
@@ -92,16 +94,14 @@ def export_hf(checkpoint: Path, output: Path) -> None:
     require_equal_logits(output, checkpoint, config, assets)
 
 
-def _unloaded_model(config: llm.GPTConfig, assets: Path, layers: int | None = None) -> tuple[llm.GPTModel, Any]:
-    """NeMo's model with the trainer that can save it; with `layers`, built with so many layers of `config`'s."""
+def _unloaded_model(config: llm.GPTConfig, assets: Path, single_layer: bool = False) -> tuple[llm.GPTModel, Any]:
+    """NeMo's model with the trainer that can save it; with `single_layer`, built with one layer."""
     _, model_class = CLASSES[read_json(assets / "config.json")["model_type"]]
     model = model_class(config, tokenizer=NemoTokenizer(str(assets), trust_remote_code=False))
-    if layers == 1:
+    if single_layer:
         model.config = one_layer(config)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    nodes = ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     strategy = nl.MegatronStrategy(ckpt_save_optimizer=False, always_save_context=True)
-    trainer = nl.Trainer(accelerator="cpu", devices=ranks // nodes, num_nodes=nodes, strategy=strategy)
+    trainer = nl.Trainer(accelerator="cpu", devices=int(os.environ.get("WORLD_SIZE", "1")), strategy=strategy)
     io.ModelConnector().nemo_setup(model, trainer)
     _materialize(model.module)
     return model, trainer

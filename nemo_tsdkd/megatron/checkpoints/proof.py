@@ -1,7 +1,7 @@
 """The proof of a conversion: the logits of a NeMo checkpoint are those of transformers' model for the same weights.
 
-Both models are computed layer by layer from the files, so that a rank holds one layer of either. It shares no table of
-names with the conversion: transformers names its own parameters, and Megatron's are read by Megatron's names.
+Both models are computed layer by layer from the files, so that a rank holds one layer of either. The proof shares no
+table of names with the conversion: transformers names its own parameters, Megatron names and places its own.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class _Megatron:
         gpt = single.configure_model(tokenizer=None).to(torch.cuda.current_device(), torch.float32).eval()
         self._gpt, self._parameters = gpt, dict(gpt.named_parameters())
         self._pieces: dict[int | None, list[Piece]] = defaultdict(list)
-        for piece in pieces_of(gpt, range(config.num_layers), config.num_layers):
+        for piece in pieces_of(gpt, config.num_layers):
             self._pieces[piece.layer].append(piece)
         self._norm, gpt.decoder.final_layernorm = gpt.decoder.final_layernorm, None  # behind the last layer only
         if dist.get_rank() > 0:
