@@ -52,3 +52,8 @@ def test_an_export_of_it_gives_the_source_back(imported, tmp_path):
     ranks.run_ranks(tiny_run.export, 1, checkpoint, "hf", tmp_path / "back", meet=False)
     before, after = (load_file(at / "model.safetensors") for at in (source, tmp_path / "back"))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_one_rank_writes_as_many_tensors(imported, tmp_path):
+    """More than the pipe between two processes holds reports of."""
+    ranks.run_ranks(tiny_run.import_hf, 1, imported["small"][0], tmp_path / "one", timeout=100, meet=False)

@@ -100,7 +100,7 @@ def _unloaded_model(config: llm.GPTConfig, assets: Path, single_layer: bool = Fa
     model = model_class(config, tokenizer=NemoTokenizer(str(assets), trust_remote_code=False))
     if single_layer:
         model.config = one_layer(config)
-    strategy = nl.MegatronStrategy(ckpt_save_optimizer=False, always_save_context=True)
+    strategy = nl.MegatronStrategy(ckpt_save_optimizer=False, always_save_context=True, ckpt_async_save=False)
     trainer = nl.Trainer(accelerator="cpu", devices=int(os.environ.get("WORLD_SIZE", "1")), strategy=strategy)
     io.ModelConnector().nemo_setup(model, trainer)
     _materialize(model.module)
