@@ -61,14 +61,31 @@ def answers(folder: Path, problems: list[dict]) -> list[tuple[list[int], list[in
     return pairs
 
 
+def load(model, folder: Path) -> None:
+    """Set a whole Megatron model's weights from a Hugging Face folder."""
+    from nemo_tsdkd.megatron.checkpoints.hf import config_from_hf
+    from nemo_tsdkd.megatron.checkpoints.pieces import Conversion, HFWeights, one_layer, pieces_of
+
+    config = one_layer(config_from_hf(folder))
+    config.gradient_accumulation_fusion = False
+    single = config.configure_model(tokenizer=None)
+    conversion = Conversion(HFWeights(folder), single, model.config.params_dtype)
+    tensors: dict[str, list[Tensor]] = {}
+    for piece in pieces_of(single, model.config.num_layers):
+        name = piece.name.replace("layers.0.", f"layers.{piece.layer}.")
+        tensors.setdefault(name, []).append(conversion.fill(piece).data)
+    for name, parameter in model.named_parameters():
+        parts = [part.view(part.shape[-parameter.dim() :]) for part in tensors[name]]
+        parameter.data.copy_(torch.cat(parts))
+
+
 def response_logits(folder: Path, name: str, first_last: bool, pairs: list, vocab_size: int) -> list[Tensor]:
     """Logits [L, V] in fp32 of each response, of the Megatron model of a Hugging Face folder in a precision."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from transformers import AutoModelForCausalLM
 
     from nemo_tsdkd.checks.precision import model_settings
-    from nemo_tsdkd.megatron.checkpoints.hf import config_from_hf, to_megatron
+    from nemo_tsdkd.megatron.checkpoints.hf import config_from_hf
 
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
@@ -78,7 +95,7 @@ def response_logits(folder: Path, name: str, first_last: bool, pairs: list, voca
     for field, value in model_settings(name, first_last).items():
         setattr(config, field, value)
     model = config.configure_model(tokenizer=None).to(config.params_dtype).eval()
-    to_megatron(AutoModelForCausalLM.from_pretrained(folder, dtype=config.params_dtype), model)
+    load(model, folder)
     logits = []
     for prompt, response in pairs:
         tokens = prompt + response
