@@ -40,7 +40,7 @@ class TrainConfig:
     global_batch_size: int = 64  # sequences of an optimizer step, over all ranks
     micro_batch_size: int = 1  # sequences of one forward and backward pass on a rank
     # In place of micro_batch_size, if not 0: as many sequences as fit into so many tokens, padding included. A sequence
-    # that is longer has a micro-batch of its own.
+    # that is longer has a micro-batch of its own. micro_batch_size must then be 1, which stands for "not set".
     micro_batch_tokens: int = 0
     seed: int = 1234
     progress_bar: bool = True
@@ -226,7 +226,7 @@ class TrainConfig:
             "micro_batch_size",
             self.micro_batch_size,
             f"micro_batch_tokens = {tokens} decides how many sequences a micro-batch has",
-            "Leave one of the two out.",
+            "Set micro_batch_size=1, which means none is set, or micro_batch_tokens=0.",
         )
         validation.require(
             not tokens or tokens >= self.data.seq_length,

@@ -155,7 +155,10 @@ def test_ranks_that_share_no_batch_may_be_any_number():
         ("max_steps=0", "max_steps = 0: must be greater than 0"),
         ("micro_batch_size=-1", "micro_batch_size = -1: must be greater"),
         ("micro_batch_tokens=-1", "micro_batch_tokens = -1: must not be negative"),
-        ("micro_batch_tokens=64", "micro_batch_size = 2: micro_batch_tokens = 64 decides .* Leave one of the two out"),
+        (
+            "micro_batch_tokens=64",
+            "micro_batch_size = 2: micro_batch_tokens = 64 decides .* Set micro_batch_size=1, which",
+        ),
         (
             "micro_batch_tokens=63 micro_batch_size=1",
             "micro_batch_tokens = 63: must hold a sequence of data.seq_length = 64 tokens",
@@ -310,7 +313,9 @@ def test_the_teachers_layout_is_the_students_where_it_is_left_open():
 
 
 def test_a_token_budget_leaves_the_rows_of_both_models_open():
+    """1 is how a configuration takes back the micro_batch_size of the one that it builds on, as the message says."""
     tiny("micro_batch_tokens=64", "micro_batch_size=1", "teacher.micro_batch_size=3").validate()
+    tiny("micro_batch_tokens=0").validate()
 
 
 def test_off_policy_needs_no_room_for_new_tokens():
