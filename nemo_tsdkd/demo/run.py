@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m nemo_tsdkd.demo.run", description=main.__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for the demo's results and its cache")
     parser.add_argument("--problems", type=int, default=HELD_OUT, help="held-out problems to score on")
+    parser.add_argument("--verbose", action="store_true", help="show what libraries print and warn of")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of conf/demo.yaml, such as max_steps=20")
     args = parser.parse_args(argv)
     folder = args.runs / "demo"
@@ -64,15 +65,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "validation.path": write_held_out(folder / "held_out.jsonl", problems),
     }
     given = ["checkpoint.keep_best=true", *args.overrides]
+    command = ["-m", "nemo_tsdkd", *(["--verbose"] if args.verbose else [])]
     overrides = [*(f"{key}={path}" for key, path in paths.items()), *given]
     config = compose_config("demo", overrides)
     with _phase("distillation", seconds):
         ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.parallel.world_size)]
-        _python(*ranks, "-m", "nemo_tsdkd", "train", "--config-name", "demo", *overrides)
+        _python(*ranks, *command, "train", "--config-name", "demo", *overrides, verbose=args.verbose)
     models["distilled"] = folder / "student-hf"
     with _phase("export", seconds):
-        source, target = str(folder / "train"), str(models["distilled"])
-        _python("-m", "nemo_tsdkd", "export", "--checkpoint", source, "--to", "hf", "--output", target)
+        paths_of_export = ["--checkpoint", str(folder / "train"), "--to", "hf", "--output", str(models["distilled"])]
+        _python(*command, "export", *paths_of_export, verbose=args.verbose)
     with _phase("scoring", seconds):
         scores = {name: accuracy(path, problems) for name, path in models.items()}
 
@@ -116,10 +118,11 @@ def write_held_out(path: Path, problems: Sequence[Problem]) -> Path:
     return path
 
 
-def _python(*arguments: str) -> None:
+def _python(*arguments: str, verbose: bool) -> None:
     # One thread a process: four ranks share a laptop's cores, and idle OpenMP threads would spin on them.
-    # The warnings are NeMo's and Megatron's, four times over, on what only a GPU has.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not verbose:  # the warnings are NeMo's and Megatron's, four times over, on what only a GPU has
+        environment["PYTHONWARNINGS"] = "ignore"
     subprocess.run([sys.executable, *arguments], env=environment, check=True)
 
 

@@ -1,5 +1,6 @@
 """The command as a user types it: help, errors and exit status, without the heavy stack."""
 
+import os
 import shlex
 import signal
 import subprocess
@@ -168,3 +169,27 @@ def test_console_script_and_module_are_the_same():
         done = subprocess.run([*command, "check", "--config-name", "nope"], capture_output=True, text=True)
         assert done.returncode == 2
         assert done.stderr.startswith("nemo-tsdkd: error: configuration 'nope': Cannot find primary config 'nope'.")
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_conversion_prints_its_path_alone_on_stdout(command, tmp_path, monkeypatch, capfd):
+    """So that $(nemo-tsdkd import ...) works, whatever libraries print there."""
+
+    def convert(source, output):
+        os.write(1, b"a library\n")  # the descriptor: pytest's sys.stdout does not go through it
+        (output / "weights").write_text("w")
+
+    fake = types.SimpleNamespace(import_hf=convert, export_hf=convert)
+    for name in ("nemo_tsdkd.megatron", "nemo_tsdkd.megatron.checkpoints"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "nemo_tsdkd.megatron.checkpoints.convert", fake)
+    target = tmp_path / "target"
+    if command == "import":
+        arguments = ["--source", str(tiny_hf.save_hf(tmp_path / "source"))]
+    else:
+        monkeypatch.setattr("nemo_tsdkd.cli.convert._checkpoint_in", lambda folder: folder)
+        arguments = ["--checkpoint", str(tmp_path), "--to", "hf"]
+    capfd.readouterr()
+    nemo_tsdkd.cli.main.main([command, *arguments, "--output", str(target)])
+    assert capfd.readouterr().out == f"{target}\n"
+    assert (target / "weights").read_text() == "w" and not (tmp_path / "target.log").exists()

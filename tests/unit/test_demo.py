@@ -133,3 +133,24 @@ def test_accuracy_counts_what_the_verifier_accepts(tmp_path):
     false = [{**problem, "answer": str(int(problem["answer"]) + 1)} for problem in known[:3]]
     assert score.accuracy(tmp_path, known) == 1.0
     assert score.accuracy(tmp_path, [*known[3:], *false]) == 0.5
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_verbose_brings_back_what_libraries_print_in_every_command(verbose, tmp_path, monkeypatch):
+    started = []
+
+    def start(command, env, check):
+        started.append((command, env.get("PYTHONWARNINGS")))
+        if "export" in command:
+            raise InterruptedError  # there is nothing to score
+
+    monkeypatch.delenv("PYTHONWARNINGS", raising=False)
+    monkeypatch.setattr(run.subprocess, "run", start)
+    monkeypatch.setattr(run, "pretrained", lambda cache: {"student": tmp_path, "teacher": tmp_path})
+    monkeypatch.setattr(run, "PROMPTS", 4)
+    with pytest.raises(InterruptedError):
+        run.main(["--runs", str(tmp_path), "--problems", "4", *(["--verbose"] if verbose else [])])
+    assert len(started) == 2
+    for (command, warnings), name in zip(started, ("train", "export"), strict=True):
+        before = command[command.index("nemo_tsdkd") + 1 : command.index(name)]
+        assert (before, warnings) == ((["--verbose"], None) if verbose else ([], "ignore"))
