@@ -179,7 +179,7 @@ def test_a_conversion_prints_its_path_alone_on_stdout(command, tmp_path, monkeyp
         os.write(1, b"a library\n")  # the descriptor: pytest's sys.stdout does not go through it
         (output / "weights").write_text("w")
 
-    fake = types.SimpleNamespace(import_hf=convert, export_hf=convert)
+    fake = types.SimpleNamespace(import_hf=convert, export_hf=convert, export_nemo=None)
     for name in ("nemo_tsdkd.megatron", "nemo_tsdkd.megatron.checkpoints"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "nemo_tsdkd.megatron.checkpoints.convert", fake)
