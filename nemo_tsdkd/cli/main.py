@@ -102,6 +102,10 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "init": (_later("cli.init", "main"), "write a configuration and a job script to begin with"),
     "train": (train_main, "distil the teacher into the student"),
     "check": (check_main, "print the resolved configuration and say whether it can run; needs no GPU"),
+    "plan": (
+        _later("cli.plan", "main"),
+        "dry-run a job on this CPU: memory, collectives and time of each kind of rank",
+    ),
     "import": (_later("cli.convert", "import_main"), "Hugging Face checkpoint -> NeMo checkpoint"),
     "export": (_later("cli.convert", "export_main"), "training checkpoint -> NeMo or Hugging Face checkpoint"),
     "generate": (_later("cli.generate", "main"), "write responses of the student or the teacher to a folder"),

@@ -114,6 +114,7 @@ class TSDKDStrategy(nl.MegatronStrategy):
         model.sees = samples_due(model.train_config, step + 1)
         with self._timed("student_s"):
             reports = super().training_step(iter(batches), *args, **kwargs)
+        model.training_loss_reduction.batch = None  # NeMo's: it would keep the hidden states through the next rollout
         self.samples = take_samples(model, samples, responses, step) if model.sees else ()
         model.sees = False
         self.step_metrics |= self._response_lengths(responses) | self._reduce(reports)

@@ -71,11 +71,7 @@ class TeacherPass:
         """
         if self._offloaded:
             self._offloaded.restore()
-        hidden, dtype = self.module.config.hidden_size, self.module.config.params_dtype
-        host = self.teacher_config.offload_hidden_states
-        kept = torch.empty(
-            rows, hidden, dtype=dtype, device="cpu" if host else torch.cuda.current_device(), pin_memory=host
-        )
+        kept = self._buffer(rows)
         with self.parallel_state.active(), hidden_states_only(self.module):
             parts = [context_parallel_slice(batch) for batch in micro_batches]
             free = [kept]  # the rows that are not filled yet
@@ -112,9 +108,19 @@ class TeacherPass:
             assert len(free[0]) == 0, "the plan and the masks count the same positions"
         if self._offloaded:
             self._offloaded.release()
-        if host:
+        if self.teacher_config.offload_hidden_states:
             torch.cuda.synchronize()  # the copies to the host have arrived
         return kept
+
+    def _buffer(self, rows: int) -> Tensor:
+        """Memory for hidden states `[rows, H]`."""
+        hidden, dtype, host = (
+            self.module.config.hidden_size,
+            self.module.config.params_dtype,
+            self.teacher_config.offload_hidden_states,
+        )
+        device = "cpu" if host else torch.cuda.current_device()
+        return torch.empty(rows, hidden, dtype=dtype, device=device, pin_memory=host)
 
 
 class OffloadedWeights:

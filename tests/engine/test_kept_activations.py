@@ -8,12 +8,12 @@ from types import FunctionType
 import pytest
 import ranks
 import torch
-from ledger import Ledger
 from megatron_chunk import build
 
 from nemo_tsdkd.checkpoints.shape import ModelShape
 from nemo_tsdkd.checks.memory import per_gpu
 from nemo_tsdkd.config.train_config import TrainConfig
+from nemo_tsdkd.distributed.ledger import Ledger
 
 ROWS, LENGTH = 1, 512
 SETTLE = 0.05  # seconds in which gloo's threads let go of what they have sent

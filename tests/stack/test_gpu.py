@@ -129,3 +129,42 @@ def graphs_over_nccl(checkpoint: Path, tp: int, pp: int) -> list[bool]:
 def test_cuda_graphs_with_nccl_inside_and_stages_outside(root, tp, pp):
     for rank in ranks.run_ranks(graphs_over_nccl, 2, root / "student", tp, pp, meet=False):
         assert all(rank)
+
+
+def trained_peak(root: Path) -> int:
+    """Most bytes that the device held in a run on one GPU whose rows are all of full length."""
+    from nemo_tsdkd.megatron.train import train
+
+    torch.cuda.reset_peak_memory_stats()
+    train(full_rows(root))
+    return torch.cuda.max_memory_allocated()
+
+
+def full_rows(root: Path):
+    config = tiny_run.config(root, root / "run", 1)
+    config.precision.name = config.teacher.precision = "bf16"
+    config.data.seq_length, config.data.apply_chat_template = 1024, False
+    config.max_steps = config.checkpoint.every_n_steps = 2
+    config.global_batch_size = config.micro_batch_size = 8
+    config.objective.threshold = 1.0
+    config.data.path = str(root / "full.jsonl")
+    with (root / "full.jsonl").open("w") as file:
+        for _ in range(16):
+            file.write(json.dumps({"prompt": "A", "response": "", "response_ids": [5] * 1023}) + "\n")
+    return config
+
+
+def test_a_plan_s_peak_is_the_device_s(tmp_path):
+    """Within a tenth: the plan leaves cuBLAS's and the allocator's own memory to `RESERVE`."""
+    from nemo_tsdkd.checkpoints.shape import ModelShape
+    from nemo_tsdkd.plan.hardware import Hardware
+    from nemo_tsdkd.plan.plan import plan_job
+
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
+    root = tiny_run.prepare(tmp_path, **sizes)
+    (peak,) = ranks.run_ranks(trained_peak, 1, root, meet=False)
+    config = full_rows(root)
+    config.student.path, config.teacher.path = str(root / "hf_student"), str(root / "hf_teacher")
+    shapes = {name: ModelShape.of_folder(root / f"hf_{name}") for name in ("student", "teacher")}
+    plan = plan_job(config, shapes, Hardware.read(), opener_share=1.0, show=lambda acts: None)
+    assert max(stage.peak for stage in plan.stages) == pytest.approx(peak, rel=0.1)

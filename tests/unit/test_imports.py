@@ -22,6 +22,7 @@ ROWS = (
     ("objective", "rollout", "checkpoints", "verifiers"),
     ("data", "reporting"),
     ("checks",),
+    ("plan",),
     ("megatron",),
     ("cli",),
     ("demo",),
@@ -32,7 +33,7 @@ STACK = {"megatron", "nemo", "lightning", "transformer_engine", "apex"}
 WITHOUT_TORCH = [
     module
     for module in MODULES
-    if module.split(".")[1:2] in (["config"], ["checkpoints"], ["checks"], ["cli"], ["verifiers"])
+    if module.split(".")[1:2] in (["config"], ["checkpoints"], ["checks"], ["cli"], ["plan"], ["verifiers"])
     or module in ("nemo_tsdkd.distributed.launch", "nemo_tsdkd.data.source")
     or module in ("nemo_tsdkd.reporting.provenance", "nemo_tsdkd.reporting.rows", "nemo_tsdkd.reporting.report")
 ]

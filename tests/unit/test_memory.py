@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ledger import Ledger
 
 from nemo_tsdkd.checkpoints.shape import QWEN2_5, QWEN3, ModelShape
 from nemo_tsdkd.checks.memory import GIB, RESERVE, per_gpu, per_stage, teacher_per_gpu
 from nemo_tsdkd.config.train_config import TrainConfig
+from nemo_tsdkd.distributed.ledger import Ledger
 from nemo_tsdkd.objective import tsdkd_loss, tsdkd_loss_from_hidden
 
 

@@ -119,11 +119,16 @@ def config_from_hf(folder: Path) -> llm.GPTConfig:
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        generation_config=GenerationConfig.from_pretrained(folder),
+        generation_config=_generation_config(folder, hf),
         apply_rope_fusion=HAVE_TE,  # its kernel comes with Transformer Engine
         bias_activation_fusion=HAVE_TE,  # NeMo's Qwen leaves it off, and keeps five MLP widths a token where three do
         **fields,
     )
+
+
+def _generation_config(folder: Path, hf: PretrainedConfig) -> GenerationConfig:
+    written = (folder / "generation_config.json").is_file()
+    return GenerationConfig.from_pretrained(folder) if written else GenerationConfig.from_model_config(hf)
 
 
 def source_patterns(gpt: MCoreGPTModel) -> dict[str, tuple[str, ...]]:
