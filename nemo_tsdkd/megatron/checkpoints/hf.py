@@ -20,11 +20,7 @@ from nemo.collections.llm.gpt.model.qwen3 import Qwen3MoEConfig
 from nemo.lightning import io
 from nemo.lightning.io.state import TransformFns
 from nemo.lightning.pytorch.utils import dtype_from_hf
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 import nemo_tsdkd.megatron.cpu as cpu
 from nemo_tsdkd.checkpoints.atomic import read_json

@@ -9,6 +9,7 @@ tests/engine/test_kept_activations.py measures those on its real Python code.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import megatron.core.fusions.fused_bias_swiglu as swiglu
@@ -23,8 +24,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch import Tensor
 
-import nemo_tsdkd.objective.function as objective
+import nemo_tsdkd.objective.function as function
 import nemo_tsdkd.objective.heads as heads
+import nemo_tsdkd.objective.observe as observe
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.distributed.ledger import Ledger
 from nemo_tsdkd.megatron.rollout import decoding
@@ -164,7 +166,7 @@ def install(ledger: Ledger, config: TrainConfig) -> None:
     heads._product = ledger.kernel(_product, flops=lambda hidden, weight, dtype: 2 * hidden.numel() * len(weight))
     if config.objective.compile != "off":
         compiled = _compiled(ledger)
-        objective.passes = lambda config, device: compiled
+        function.passes = observe.passes = lambda config, device: compiled
 
 
 def _install_norm() -> None:
@@ -207,7 +209,8 @@ def _compiled(ledger: Ledger) -> Passes:
     """The objective's passes as one kernel each, which `torch.compile` makes of them on CUDA."""
 
     def softmax(logits: Tensor, temperature: float) -> SoftmaxSums:
-        return SoftmaxSums(*(logits.new_ones(len(logits), dtype=torch.float32) for _ in SoftmaxSums._fields))
+        zeros, mass = (logits.new_full((len(logits),), value, dtype=torch.float32) for value in (0.0, math.e))
+        return SoftmaxSums(zeros, mass, zeros.clone())  # an entropy of 1 nat, so no weight is zero
 
     def divergence(rule: Any, logits: tuple[Tensor, ...], *args: Any) -> Tensor:
         return logits[0].new_ones((2, len(logits[0])), dtype=torch.float32)

@@ -116,7 +116,7 @@ def fewer_micro_batches(config: TrainConfig) -> tuple[TrainConfig, float]:
     most = config.global_batch_size // config.data_parallel_size
     rows = min(rows, most)
     block = rows * config.data_parallel_size
-    teacher_rows = teacher_layout(config).data * config.teacher.micro_batch_size
+    teacher_rows = 0 if config.one_layout else teacher_layout(config).data * config.teacher.micro_batch_size
     count = max(config.parallel.pipeline_model_parallel_size + 1, ceil_div(teacher_rows, block))
     if most % rows or count * rows >= most:
         return config, 1.0
