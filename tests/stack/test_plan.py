@@ -18,7 +18,7 @@ from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.plan.estimate import step_of
 from nemo_tsdkd.plan.hardware import Hardware
 from nemo_tsdkd.plan.plan import plan_job
-from nemo_tsdkd.plan.request import Result
+from nemo_tsdkd.plan.request import HIDDEN_STATES, Result
 from nemo_tsdkd.plan.roles import roles
 
 CONFIGURATIONS = {
@@ -67,6 +67,7 @@ def test_a_dry_run_sees_what_a_gloo_run_does(head, recompute, tmp_path):
             if name != "load":  # there NeMo's and gloo's own barriers and seeds
                 assert sizes(phase["collectives"]) == sizes(of_gloo["collectives"]), name
         assert fake["phases"]["student"]["flops"] > 0
+        assert HIDDEN_STATES not in expected["phases"]["rollout"]["at_begin"], "of the step before: free"
         assert {row[0] for row in fake["phases"]["student"]["collectives"]} >= {"tp", "dp-cp"}
 
 

@@ -243,6 +243,7 @@ def _watch(ledger: Ledger, config: TrainConfig, announce: Callable[[], Any]) -> 
         (teacher, "load_head", "teacher weights"),
         (KVCache, "__init__", "KV cache"),
         (model_module.TSDKDModel, "_objective_output", "loss"),
+        (_OffloadedWeights, "restore", "teacher weights"),
         (teacher_pass.TeacherPass, "_buffer", HIDDEN_STATES),
         (HiddenExchange, "exchange", HIDDEN_STATES),
     ):
