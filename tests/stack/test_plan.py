@@ -22,10 +22,9 @@ from nemo_tsdkd.plan.request import HIDDEN_STATES, Result
 from nemo_tsdkd.plan.roles import roles
 
 CONFIGURATIONS = {
-    "tsdkd_14b_to_1.5b": ("14B", "1.5B"),
     "tsdkd_32b_to_7b_long": ("32B", "7B"),
     "tsdkd_72b_to_14b": ("72B", "14B"),
-}  # the other three are like these; benchmarks/plan.json has all of them at full depth
+}  # a layout of each kind; benchmarks/plan.json has all of them at full depth
 
 VOCABULARY = 1000
 STUDENT = ModelShape(layers=4, hidden=128, heads=4, kv_heads=2, head_dim=32, ffn=384, vocab=VOCABULARY, tied=True)

@@ -20,7 +20,6 @@ from lightning.pytorch import Callback
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch.utils.data import Dataset
 
 from nemo_tsdkd.checks.precision import pad_to_multiple
@@ -40,6 +39,7 @@ from nemo_tsdkd.megatron.checkpoints.hf import config_from_hf
 from nemo_tsdkd.megatron.datamodule import SampleModule
 from nemo_tsdkd.megatron.dry_run import kernels
 from nemo_tsdkd.megatron.dry_run.fakes import fake_ranks, fake_values
+from nemo_tsdkd.megatron.dry_run.stage_shapes import StageShapes
 from nemo_tsdkd.megatron.rollout.decoding import KVCache
 from nemo_tsdkd.megatron.rollout.generation import Decoder
 from nemo_tsdkd.megatron.strategy import TSDKDStrategy
@@ -59,7 +59,7 @@ def dry_run(request: Request, announce: Callable[[], Any] = lambda: None) -> Res
     config, share = fewer_micro_batches(as_on_gpu(request.config))
     environment(config, request.rank)
     job = fake_ranks(request.rank, config.parallel.world_size, config.student_world_size)
-    _StageShapes().install()
+    StageShapes().install()
     with fake_values(request.opener_share):
         return observed(config, request, job, share, announce)
 
@@ -318,45 +318,3 @@ def group_names(own: teacher.Teacher) -> tuple[dict[str, str], dict[str, list[in
     if not own.job.teacher_only:
         names.setdefault(dist.group.WORLD.group_name, "job")
     return names, ranks
-
-
-class _StageShapes:
-    """The shapes of what a pipeline stage receives: the sender that would tell them does not exist."""
-
-    def __init__(self) -> None:
-        self._student: list[torch.Size] = []  # [B, S] of each micro-batch
-        self._teacher: list[torch.Size] | None = None  # in the teacher's pass
-        self._received = {"prev": 0, "next": 0}
-
-    def install(self) -> None:
-        read, forward = model_module.TSDKDModel.read, teacher_pass.TeacherPass.forward
-        communicate = P2PCommunicator._communicate_shapes
-
-        def read_and_note(model: Any, *args: Any) -> Any:
-            micro_batches, hidden = read(model, *args)
-            self._student = [batch["tokens"].shape for batch in micro_batches]
-            self._received = dict.fromkeys(self._received, 0)
-            return micro_batches, hidden
-
-        def forward_and_note(own: Any, micro_batches: Any, rows: int) -> Any:
-            self._teacher = [batch["tokens"].shape for batch in micro_batches]
-            self._received = dict.fromkeys(self._received, 0)
-            try:
-                return forward(own, micro_batches, rows)
-            finally:
-                self._teacher = None
-
-        def shapes(own: Any, send_next: Any, send_prev: Any, recv_prev: bool, recv_next: bool) -> tuple[Any, Any]:
-            communicate(own, send_next, send_prev, recv_prev, recv_next)  # counted, then known
-            return tuple(
-                self._next(side, own.config) if it else None for side, it in (("prev", recv_prev), ("next", recv_next))
-            )
-
-        model_module.TSDKDModel.read, teacher_pass.TeacherPass.forward = read_and_note, forward_and_note
-        P2PCommunicator._communicate_shapes = shapes
-
-    def _next(self, side: str, gpt: Any) -> list[int]:
-        rows, width = (self._student if self._teacher is None else self._teacher)[self._received[side]]
-        self._received[side] += 1
-        tp = gpt.tensor_model_parallel_size if gpt.sequence_parallel else 1
-        return [width // gpt.context_parallel_size // tp, rows, gpt.hidden_size]
