@@ -5,7 +5,7 @@
 The models' weights are not needed: their shapes are those of nemo_tsdkd/checkpoints/shape.py. Prints for each
 configuration the fullest stage's bytes both ways and the difference, without the 6 GiB that `check` adds, and the
 estimate of a step's time on the assumptions of conf/hardware/h100.yaml. benchmarks/plan.json is what it wrote.
-Configurations with mixture-of-experts teachers are left out: a dry run does not build experts.
+Experts are taken to get equal shares of the tokens.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import planned
 
-from nemo_tsdkd.checkpoints.shape import QWEN2_5
+from nemo_tsdkd.checkpoints.shape import QWEN2_5, QWEN3
 from nemo_tsdkd.config.compose import CONF, compose_config
 from nemo_tsdkd.plan.hardware import Hardware
 from nemo_tsdkd.plan.plan import plan_job
 
-NAMES = sorted(path.stem for path in CONF.glob("tsdkd_*b_to_*.yaml") if "qwen3" not in path.stem)
+NAMES = sorted(path.stem for path in CONF.glob("tsdkd_*.yaml"))
 
 
 def planned_configuration(name: str, folder: Path, layers: int | None = None, **settings: Any) -> dict[str, Any]:
@@ -37,9 +37,10 @@ def planned_configuration(name: str, folder: Path, layers: int | None = None, **
         folder: for both models' config.json.
         layers: layers of each pipeline stage instead of the models' own.
     """
-    sizes = re.fullmatch(r"tsdkd_(.+)_to_(.+?)(_long)?", name)
+    sizes = re.fullmatch(r"tsdkd_(qwen3_)?(.+)_to_(.+?)(_long)?", name)
     assert sizes is not None
-    shapes = {which: QWEN2_5[sizes[at].upper()] for which, at in (("teacher", 1), ("student", 2))}
+    family = QWEN3 if sizes[1] else QWEN2_5
+    shapes = {which: family[sizes[at].upper().replace("_", "-")] for which, at in (("teacher", 2), ("student", 3))}
     paths = {which: planned.write_config(folder / name / which, shape) for which, shape in shapes.items()}
     config = compose_config(
         name, [*(f"{which}.path={path}" for which, path in paths.items()), f"run_dir={folder}", "data.path=none"]

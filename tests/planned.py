@@ -12,8 +12,8 @@ from nemo_tsdkd.config.train_config import TrainConfig
 
 
 def write_config(folder: Path, shape: ModelShape) -> Path:
-    """A Hugging Face folder of a Qwen2 model of this shape, without weights."""
-    assert shape.head_dim * shape.heads == shape.hidden
+    """A Hugging Face folder of a model of this shape, without weights: Qwen2 where heads fill the hidden size, else
+    Qwen3, or Qwen3-MoE with experts."""
     folder.mkdir(parents=True, exist_ok=True)
     fields = {
         "architectures": ["Qwen2ForCausalLM"],
@@ -32,6 +32,19 @@ def write_config(folder: Path, shape: ModelShape) -> Path:
         "initializer_range": 0.02,
         "torch_dtype": "bfloat16",
     }
+    if shape.head_dim * shape.heads != shape.hidden or shape.experts:
+        fields |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": shape.head_dim}
+    if shape.experts:
+        fields |= {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_experts": shape.experts,
+            "num_experts_per_tok": shape.experts_per_token,
+            "moe_intermediate_size": shape.expert_ffn,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
     (folder / "config.json").write_text(json.dumps(fields))
     return folder
 

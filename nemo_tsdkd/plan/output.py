@@ -22,6 +22,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     for table in (_memory(plan), _collectives(plan), _time(plan)):
         console.print(table)
     console.print(f"The step's largest part: {plan.bottleneck}.")
+    if plan.has_experts:
+        console.print("The teacher's experts are taken to get equal shares of the tokens; teacher_expert_load tells.")
     most = max(stage.peak for stage in plan.stages) + RESERVE
     verdict = "fits" if plan.fits else "does NOT fit"
     console.print(

@@ -9,7 +9,6 @@ from typing import Any
 from nemo_tsdkd.checkpoints.shape import ModelShape
 from nemo_tsdkd.checks.memory import GIB, RESERVE, Memory, per_stage, teacher_per_gpu
 from nemo_tsdkd.config.train_config import TrainConfig
-from nemo_tsdkd.config.validation import UserError
 from nemo_tsdkd.plan.estimate import TIMED, Step, act_seconds, bottleneck, step_of
 from nemo_tsdkd.plan.hardware import Hardware
 from nemo_tsdkd.plan.processes import dry_runs
@@ -49,6 +48,7 @@ class Plan:
     config: TrainConfig
     hardware: Hardware
     stages: list[Stage]
+    has_experts: bool = False  # its router is taken to spread the tokens evenly
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -122,13 +122,9 @@ def plan_job(
         layers: numbers of layers to plan with instead of the models' own.
 
     Raises:
-        UserError: a model that a dry run cannot build.
         HostError, RuntimeError: as `dry_runs`.
     """
     which = which or roles(config)
-    for name, shape in shapes.items():
-        if shape.experts:
-            raise UserError(f"{name}.path: a mixture of experts, which `plan` cannot run. `check` counts its memory.")
     faked = in_bf16(config)
     vocabulary = min(shape.vocab for shape in shapes.values())
     speeds = {name: getattr(hardware, name) for name in ("flops_per_s", "bytes_per_s", "kernel_s")}
@@ -138,7 +134,7 @@ def plan_job(
     for role, result in zip(which, dry_runs(requests, show), strict=True):
         arithmetic, copies = _arithmetic(config, faked, role, shapes)
         stages.append(Stage(step_of(role, result, config, hardware), arithmetic, copies))
-    return Plan(config, hardware, stages)
+    return Plan(config, hardware, stages, has_experts=any(shape.experts for shape in shapes.values()))
 
 
 def in_bf16(config: TrainConfig) -> TrainConfig:

@@ -91,6 +91,7 @@ LISTED: dict[tuple[str, str], str] = {
     ("objective/sequences.py", "gather"): "tokens in the mask: all",
     ("optimizer/clip_grads.py", "get_grad_norm_fp32"): "the gradient's norm: 1",
     ("utilities/apply_func.py", "to_item"): "what Lightning would show in a progress bar",
+    ("megatron/expert_load.py", "largest_over_mean"): "how evenly experts are chosen, which is reported",
     ("megatron/strategy.py", "_reduce"): "means that are reported",
     ("megatron/strategy.py", "_not_finite"): "where a loss was not finite: nowhere",
     ("megatron/strategy.py", "_response_lengths"): "lengths that are reported",

@@ -16,6 +16,7 @@ import megatron.core.fusions.fused_bias_swiglu as swiglu
 import megatron.core.optimizer.clip_grads as clip_grads
 import megatron.core.transformer.attention as attention
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
@@ -119,16 +120,66 @@ class CoreAttention(MegatronModule):
         return out.reshape(length, rows, heads_ * head_dim)
 
 
+class BalancedExperts(MegatronModule):
+    """A layer of experts in a pass without gradient, [S, B, H] -> [S, B, H], as if the router spread the tokens evenly.
+
+    Holds what Megatron's does with the all-to-all dispatcher: for each expert of a token a copy as it is sent, as it
+    arrives and sorted by expert, all until the layer's end; and the router's weights and choices until its next pass.
+    """
+
+    ledger: Ledger
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config=config)
+        self.group = parallel_state.get_expert_model_parallel_group()
+        experts, hidden, ffn = config.num_moe_experts, config.hidden_size, config.moe_ffn_hidden_size
+        local = experts // self.group.size()
+        for name, shape in {
+            "router": (experts, hidden),
+            "linear_fc1": (local, 2 * ffn, hidden),
+            "linear_fc2": (local, hidden, ffn),
+        }.items():
+            setattr(self, name, torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype)))
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+        tokens = hidden.flatten(0, 1)
+        self.weights = tokens.new_zeros(len(tokens), len(self.router), dtype=torch.float32)
+        self.chosen = self.weights > 0
+        copies = tokens.new_zeros(len(tokens) * self.config.moe_router_topk, tokens.shape[1])
+        arrived = self._exchange(copies)
+        sorted_copies = torch.zeros_like(arrived)
+        output = self._product(self._swiglu(self._product(sorted_copies, self.linear_fc1)), self.linear_fc2)
+        output = torch.zeros_like(output)  # in the order in which they arrived
+        output = self._exchange(output)
+        return torch.zeros_like(hidden), None
+
+    def _exchange(self, copies: Tensor) -> Tensor:
+        if self.group.size() == 1:
+            return copies
+        out = torch.empty_like(copies)
+        torch.distributed.all_to_all_single(out, copies, group=self.group)
+        return out
+
+    def _product(self, x: Tensor, weights: Tensor) -> Tensor:
+        """A grouped product: each row with the weight of its expert."""
+        out = x.new_zeros(len(x), weights.shape[1])
+        self.ledger.work(2 * x.numel() * weights.shape[1], (x, weights, out))
+        return out
+
+    def _swiglu(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x), x.shape[1] // 2)
+
+
 def layer_spec(config: Any) -> ModuleSpec:
     """Megatron's layer with these kernels in the places where Transformer Engine's layer has its own."""
-    spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
-    )
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     layer = spec.submodules
     layer.input_layernorm = IdentityOp
     layer.self_attention.submodules.linear_qkv = NormColumnParallelLinear
     layer.self_attention.submodules.core_attention = CoreAttention
-    if config.num_moe_experts is None:
+    if config.num_moe_experts:
+        layer.mlp = ModuleSpec(module=BalancedExperts)
+    else:
         layer.pre_mlp_layernorm = IdentityOp
         layer.mlp.submodules.linear_fc1 = NormColumnParallelLinear
     return spec
@@ -153,7 +204,7 @@ class FusedAdam(torch.optim.AdamW):
 
 def install(ledger: Ledger, config: TrainConfig) -> None:
     """Put the stand-ins in place of what runs without a GPU, for this process."""
-    CoreAttention.ledger = FusedAdam.ledger = ledger
+    CoreAttention.ledger = BalancedExperts.ledger = FusedAdam.ledger = ledger
     attention.apply_rotary_pos_emb = lambda x, angles, *args, **kwargs: _Rope.apply(x, angles)
     swiglu.swiglu = ledger.kernel(lambda y: torch.zeros_like(y.chunk(2, -1)[0], memory_format=torch.contiguous_format))
     swiglu.swiglu_back = ledger.kernel(lambda grad, y: torch.zeros_like(y))

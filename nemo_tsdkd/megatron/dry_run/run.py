@@ -307,12 +307,13 @@ def group_names(own: teacher.Teacher) -> tuple[dict[str, str], dict[str, list[in
         "dp": parallel_state.get_data_parallel_group,
         "dp-cp": lambda: parallel_state.get_data_parallel_group(with_context_parallel=True),
         "tp-pp": parallel_state.get_model_parallel_group,
+        "ep": parallel_state.get_expert_model_parallel_group,
         "embedding": parallel_state.get_embedding_group,
     }
     with own._pass.parallel_state.active() if own._pass else nullcontext():
         teachers = {f"teacher {name}": function() for name, function in functions.items() if name != "embedding"}
     students = {} if own.job.teacher_only else {name: function() for name, function in functions.items()}
-    for name, group in (students | ({} if own.train_config.one_layout else teachers)).items():
+    for name, group in (students | teachers).items():
         if group is not None and names.setdefault(group.group_name, name) == name:
             ranks[name] = dist.get_process_group_ranks(group)
     if not own.job.teacher_only:

@@ -12,7 +12,7 @@ import pytest
 import ranks
 
 import nemo_tsdkd.plan.plan as plan_module
-from nemo_tsdkd.checkpoints.shape import QWEN2_5, ModelShape
+from nemo_tsdkd.checkpoints.shape import QWEN2_5, QWEN3, ModelShape
 from nemo_tsdkd.config.compose import compose_config
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.plan.estimate import step_of
@@ -24,6 +24,7 @@ from nemo_tsdkd.plan.roles import roles
 CONFIGURATIONS = {
     "tsdkd_32b_to_7b_long": ("32B", "7B"),
     "tsdkd_72b_to_14b": ("72B", "14B"),
+    "tsdkd_qwen3_235b_a22b_to_8b": ("235B-A22B", "8B"),
 }  # a layout of each kind; benchmarks/plan.json has all of them at full depth
 
 VOCABULARY = 1000
@@ -104,7 +105,7 @@ def test_the_rest_of_a_step_repeats_what_was_run(tmp_path):
 
 def test_a_value_that_nobody_listed_stops_a_dry_run():
     message = ranks.run_ranks(unlisted, 1, meet=False)[0]
-    assert "cannot know a value" in message and "test_plan.py:unlisted" in message
+    assert "cannot know a value" in message and "test_dry_run.py:unlisted" in message
 
 
 def unlisted() -> str:
@@ -145,7 +146,7 @@ def forked(requests, show):
 def test_the_arithmetic_of_a_configuration_is_within_five_percent(name, tmp_path, monkeypatch):
     """With two layers: what layers hold is the same a layer, and the rest weighs more."""
     monkeypatch.setattr(plan_module, "dry_runs", forked)
-    teacher, student = (replace(QWEN2_5[size], layers=2) for size in CONFIGURATIONS[name])
+    teacher, student = (replace((QWEN2_5 | QWEN3)[size], layers=2) for size in CONFIGURATIONS[name])
     shapes = {"student": student, "teacher": teacher}
     folders = [f"{w}.path={planned.write_config(tmp_path / w, shape)}" for w, shape in shapes.items()]
     config = compose_config(name, [*folders, f"run_dir={tmp_path}", "data.path=none"])
