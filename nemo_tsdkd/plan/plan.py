@@ -117,7 +117,7 @@ def plan_job(
     Args:
         shapes: of "student" and "teacher", whose paths are folders with a config.json.
         opener_share: share of the response tokens that the indirect term ranks.
-        show: is called with the number of acts that have begun (`processes.dry_runs`).
+        show: is called with the number of acts that have ended (`processes.dry_runs`).
         which: roles; all, if none is named.
         layers: numbers of layers to plan with instead of the models' own.
 

@@ -21,7 +21,7 @@ def dry_runs(requests: Sequence[Request], show: Callable[[int], None], at_once: 
     """The results of all requests, in their order.
 
     Args:
-        show: is called with the number of acts that have begun, ACTS for each request at the end.
+        show: is called with the number of acts that have ended when there are more, at the end ACTS for each request.
         at_once: most processes at one time; 0: as many as there are CPUs.
 
     Raises:
@@ -30,7 +30,7 @@ def dry_runs(requests: Sequence[Request], show: Callable[[int], None], at_once: 
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCH_VARIABLES)}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the stand-in, also where there is a GPU
-    at_once = at_once or os.cpu_count() or 1
+    at_once, shown = at_once or os.cpu_count() or 1, 0
     with TemporaryDirectory() as scratch:
         runs = [_Run(request, Path(scratch, str(i)), environment) for i, request in enumerate(requests)]
         try:
@@ -39,7 +39,9 @@ def dry_runs(requests: Sequence[Request], show: Callable[[int], None], at_once: 
                 for run in waiting[: at_once - len(running)]:
                     run.begin()
                 time.sleep(0.2)
-                show(sum(run.acts for run in runs))
+                if (now := sum(run.acts for run in runs)) > shown:
+                    shown = now
+                    show(shown)
             return [run.result() for run in runs]
         finally:
             for run in runs:
@@ -74,8 +76,12 @@ class _Run:
 
     @property
     def acts(self) -> int:
+        """That have ended."""
         progress = self.folder / "progress"
-        return ACTS if self.done else min(progress.stat().st_size, ACTS) if progress.exists() else 0
+        if self.done:
+            return ACTS
+        begun = progress.stat().st_size if progress.exists() else 0
+        return min(max(begun - 1, 0), ACTS - 1)
 
     def result(self) -> Result:
         assert self.process is not None

@@ -11,7 +11,7 @@ from nemo_tsdkd.config.train_config import TrainConfig
 
 HIDDEN_STATES = "teacher's hidden states"  # label of the one thing that grows with a step's micro-batches
 
-ACTS = 6  # a rank's begun acts that a dry run reports: rollout, teacher's and student's pass of two steps
+ACTS = 6  # of a dry run: rollout, teacher's and student's pass of two steps
 
 
 @dataclass(frozen=True)

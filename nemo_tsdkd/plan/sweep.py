@@ -134,7 +134,9 @@ def rough_seconds(config: TrainConfig, shapes: Mapping[str, ModelShape], hardwar
     messages = _tensor_parallel_s(config, student, layers, tokens, micro_batches, hardware)
     update = (work + messages) * (micro_batches + p.pipeline_model_parallel_size - 1) / micro_batches
     gradients = 6 * student.stage_params(p.tensor_model_parallel_size, p.pipeline_model_parallel_size, 0)
-    update += gradients / hardware.network_bytes_per_s if config.data_parallel_size > 1 else 0
+    inside = config.student_world_size <= p.gpus_per_node
+    speed = hardware.nvlink_bytes_per_s if inside else hardware.network_bytes_per_s
+    update += gradients / speed if config.data_parallel_size > 1 else 0
     teacher_params = teacher.layers * teacher.layer_params
     forward = 2 * teacher_params * tokens / config.teacher_world_size / hardware.flops_per_s
     return update + forward + config.rollout.lmbda * _decode_s(config, student, hardware)
