@@ -1,6 +1,7 @@
 """`nemo-tsdkd evaluate`: an exported Hugging Face folder on benchmarks of lm-evaluation-harness.
 
-Scores are written after each task; the same command continues with the missing ones.
+Scores are written after each task; the same command continues with the missing ones. What the harness prints goes into
+OUTPUT.log, which stays where the work fails.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from nemo_tsdkd.checkpoints.transformers5 import transformers4_folder
 from nemo_tsdkd.checks.start import check_weights
 from nemo_tsdkd.config.compose import CONF
 from nemo_tsdkd.config.validation import UserError
+from nemo_tsdkd.distributed.output import redirect_library_output
+from nemo_tsdkd.distributed.progress import ProgressDisplay
 
 GROUPS = CONF / "evaluate"
 KEPT = ("results", "versions", "n-shot", "n-samples")  # of what the harness returns
@@ -50,21 +53,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--limit = {args.limit}: must be at least 1. Leave it out to score every problem.")
     scores = _begun(args)
     tasks = [task for task in task_names(args.tasks) if task not in scores["tasks"]]
-    for task, results in evaluate(
-        args.model,
-        tasks,
-        include_path=args.include_path,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        chat_template=not args.no_chat_template,
-        allow_code_execution=args.allow_code_execution,
-    ):
-        scores["tasks"].append(task)
-        for key in KEPT:
-            scores[key] |= results[key]
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output, scores)
-        _print(results["results"])
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    log = args.output.with_name(f"{args.output.name}.log")
+    done, total = len(scores["tasks"]), len(scores["tasks"]) + len(tasks)
+    new: dict[str, dict[str, Any]] = {}
+    with redirect_library_output(log), ProgressDisplay("task", total, done) as display:
+        for task, results in evaluate(
+            args.model,
+            tasks,
+            include_path=args.include_path,
+            limit=args.limit,
+            batch_size=args.batch_size,
+            chat_template=not args.no_chat_template,
+            allow_code_execution=args.allow_code_execution,
+        ):
+            scores["tasks"].append(task)
+            for key in KEPT:
+                scores[key] |= results[key]
+            write_json(args.output, scores)
+            new |= results["results"]
+            display.show(len(scores["tasks"]), task)
+    log.unlink(missing_ok=True)
+    _print(new)
     print(args.output)
 
 

@@ -291,6 +291,7 @@ def install_nemo() -> None:
     if _installed:
         _checkpoint_devices()
         _progress_printer()
+        _reported_device()
 
 
 def _checkpoint_devices() -> None:
@@ -305,3 +306,10 @@ def _progress_printer() -> None:
     from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
 
     ProgressPrinter.log_megatron_timers = lambda self, timers: None
+
+
+def _reported_device() -> None:
+    """Lightning counts devices to say whether there is a GPU, and the stand-in has one."""
+    from lightning.pytorch.accelerators.cuda import CUDAAccelerator
+
+    CUDAAccelerator.is_available = staticmethod(lambda: False)

@@ -69,8 +69,12 @@ def test_the_harness_and_our_score_agree_on_a_task_file_of_ones_own(model, task_
     assert results["n-samples"]["chains"] == {"original": KNOWN + UNKNOWN, "effective": KNOWN + UNKNOWN}
 
 
-def test_limit_takes_the_first_problems(model, task_folder, tmp_path):
+def test_limit_takes_the_first_problems(model, task_folder, tmp_path, capfd):
     results = run(model, task_folder, tmp_path / "results.json", "--tasks", "chains", "--limit", 3)
+    out, err = capfd.readouterr()
+    assert out.splitlines()[-2:] == ["chains  exact_match,answer  1.0000", str(tmp_path / "results.json")]
+    assert len(out.splitlines()) == 2 and "task 1/1  chains" in err, (out, err)
+    assert not (tmp_path / "results.json.log").exists()
     assert results["results"]["chains"]["exact_match,answer"] == 1.0
     assert results["n-samples"]["chains"]["effective"] == 3
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import random
 import subprocess
@@ -98,6 +99,33 @@ def test_a_run_resumes_in_another_layout(configure, uninterrupted, tmp_path):
         assert row == pytest.approx(expected_row, rel=1e-5, abs=1e-6)
     for name, value in expected.weights.items():
         torch.testing.assert_close(outcome.weights[name], value, rtol=1e-5, atol=1e-5)
+
+
+def said(config) -> tuple[list[str], bool]:
+    """What the package logs in a run, and what Lightning answers when it is asked for a GPU."""
+    from lightning.pytorch.accelerators.cuda import CUDAAccelerator
+
+    from nemo_tsdkd.megatron.train import train
+
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("nemo_tsdkd").setLevel(logging.INFO)
+    logging.getLogger("nemo_tsdkd").addHandler(handler)
+    train(config)
+    return messages, CUDAAccelerator.is_available()
+
+
+def test_what_a_run_says_at_its_start_and_when_it_has_finished(root, tmp_path):
+    config = tiny_run.config(root, tmp_path, 1)
+    config.max_steps = 1
+    ((first, gpu),) = ranks.run_ranks(said, 1, config)
+    assert f"{tmp_path}: begins at step 1." in first
+    assert gpu == ranks.HAS_GPU, "Lightning would print that the CPU stand-in's is there"
+    ((again, _),) = ranks.run_ranks(said, 1, config)
+    ways = "A larger max_steps continues it; another run_dir begins a new run."
+    assert f"{tmp_path}: this run finished at step 1. {ways}" in again
+    assert not any("resumes from" in message for message in again)
 
 
 def test_a_finished_run_continues_with_more_steps_and_the_new_learning_rate(root, tmp_path):

@@ -22,6 +22,7 @@ from nemo_tsdkd.checkpoints.completeness import require_complete
 from nemo_tsdkd.checkpoints.model_folder import HF_ASSETS, copy_assets, restore_assets
 from nemo_tsdkd.checkpoints.transformers5 import translate_assets
 from nemo_tsdkd.distributed.groups import from_rank_zero
+from nemo_tsdkd.distributed.progress import on_rank_zero
 from nemo_tsdkd.megatron.checkpoints.hf import CLASSES, config_from_hf, to_hf
 from nemo_tsdkd.megatron.checkpoints.load import gpt_config, load_weights
 from nemo_tsdkd.megatron.checkpoints.pieces import Conversion, HFWeights, one_layer, pieces_of, share_of
@@ -52,7 +53,12 @@ def import_hf(source: Path, output: Path | None) -> None:
         pieces = pieces_of(model.module, config.num_layers)
         conversion = Conversion(HFWeights(source), model.module.to("meta"), config.params_dtype)
         share = share_of(pieces, dist.get_rank(), dist.get_world_size())
-        tensors = {str(i): conversion.fill(piece) for i, piece in enumerate(share)}
+        tensors = {}
+        with on_rank_zero(dist.get_rank(), "tensor", len(share), only_long=True) as display:
+            for i, piece in enumerate(share):
+                tensors[str(i)] = conversion.fill(piece)
+                if display:
+                    display.show(i + 1, "read")
 
         def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:  # called by NeMo's trainer, which adds the rest
             checkpoint["sharded_state_dict"] = dict(tensors)

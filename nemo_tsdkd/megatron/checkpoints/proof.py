@@ -18,6 +18,7 @@ from nemo.collections import llm
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
+from nemo_tsdkd.distributed.progress import on_rank_zero
 from nemo_tsdkd.megatron.checkpoints.pieces import HFWeights, Piece, one_layer, pieces_of
 from nemo_tsdkd.megatron.checkpoints.unpickling import checkpoint_errors
 from nemo_tsdkd.megatron.gpt import hidden_states_only, vocab_parallel_logits
@@ -48,16 +49,19 @@ def require_equal_logits(hf_folder: Path, checkpoint: Path, config: llm.GPTConfi
     theirs, ours = _HuggingFace(hf_folder), _Megatron(checkpoint, config, tokens)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     hidden = [theirs.embed(tokens), ours.embed()] if rank == 0 else [None, None]
-    for first in range(0, config.num_layers, ranks):
-        layers = range(first, min(first + ranks, config.num_layers))
-        mine = first + rank if first + rank in layers else None
-        ours.load(mine)
-        if mine is not None:
-            theirs.load(mine)
-        for owner, _ in enumerate(layers):
-            if rank == owner:
-                hidden = [theirs.layer(hidden[0]), ours.layer(hidden[1])]
-            hidden = _broadcast(hidden, owner)
+    with on_rank_zero(rank, "layer", config.num_layers, only_long=True) as display:
+        for first in range(0, config.num_layers, ranks):
+            layers = range(first, min(first + ranks, config.num_layers))
+            mine = first + rank if first + rank in layers else None
+            ours.load(mine)
+            if mine is not None:
+                theirs.load(mine)
+            for owner, _ in enumerate(layers):
+                if rank == owner:
+                    hidden = [theirs.layer(hidden[0]), ours.layer(hidden[1])]
+                hidden = _broadcast(hidden, owner)
+            if display:
+                display.show(layers.stop, "compared with Hugging Face's")
     error = 0.0
     if rank == 0:
         expected, logits = theirs.logits(hidden[0]), ours.logits(hidden[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from nemo_tsdkd.data.dataset import PromptDataset
 from nemo_tsdkd.data.response_shards import Shards
 from nemo_tsdkd.data.tokenizer import Vocabulary, load_tokenizer, response_text
 from nemo_tsdkd.distributed.groups import from_rank_zero, long_timeout_group, process_group, rank_zero_first
-from nemo_tsdkd.distributed.progress import ProgressDisplay
+from nemo_tsdkd.distributed.progress import on_rank_zero
 from nemo_tsdkd.megatron.checkpoints.load import frozen_model, gpt_config, resolve
 from nemo_tsdkd.megatron.rollout.generation import Decoder
 from nemo_tsdkd.rollout.schedule import Response
@@ -76,7 +75,7 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
                 for shard in missing[parallel_state.get_data_parallel_rank() :: copies]
             }
             done = 0
-            with _display(sum(map(len, own.values()))) as display:
+            with on_rank_zero(dist.get_rank(), "prompt", sum(map(len, own.values()))) as display:
                 for shard, rows in own.items():
                     start = time.perf_counter()
                     responses = generate([prompts[i].prompt_ids for i in rows], sample_ids=list(rows))
@@ -87,11 +86,6 @@ def write_responses(config: TrainConfig, which: str, shards: Shards) -> None:
                     if display:
                         display.show(done, f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
         dist.barrier(all_ranks)  # a copy without shards left may wait hours for the others
-
-
-def _display(prompts: int) -> AbstractContextManager[ProgressDisplay | None]:
-    """On rank 0, how far its copy of the model is with its share; the other copies' shares are about as large."""
-    return ProgressDisplay("prompt", prompts) if dist.get_rank() == 0 else nullcontext()
 
 
 def _records(
