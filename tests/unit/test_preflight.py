@@ -180,6 +180,8 @@ def test_a_port_in_use_gives_one_line(config, monkeypatch):
         assert "\n" not in error and f"lost rank 0 at 127.0.0.1:{port}: " in error
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1"), monkeypatch.setenv("MASTER_PORT", str(port))
         monkeypatch.setenv("RANK", "0"), monkeypatch.setenv("WORLD_SIZE", "1")
+        if torch.distributed.is_initialized():  # by an earlier test's check that hung, and whose thread has gone on
+            torch.distributed.destroy_process_group()
         with pytest.raises(HostError, match=f"MASTER_PORT = 127.0.0.1:{port}: the ranks cannot meet"), process_group():
             pass
 
