@@ -51,10 +51,9 @@ def write_config(folder: Path, shape: ModelShape) -> Path:
 
 def dry(config: TrainConfig, rank: int, vocabulary: int, **settings: Any) -> dict[str, Any]:
     """`dry_run` in this process, which must be a rank of its own (`run_ranks(dry, 1, ..., meet=False)`)."""
-    from nemo_tsdkd.megatron.dry_run.run import dry_run
     from nemo_tsdkd.plan.request import Request
 
-    return vars(dry_run(Request(config, rank, vocabulary, **settings)))
+    return dry_request(Request(config, rank, vocabulary, **settings))
 
 
 def dry_request(request: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Reads names and JSON only: no weights, no GPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,9 +51,16 @@ def check_files(config: TrainConfig) -> dict[str, ModelShape]:
     if config.validation.path is not None:
         check_data(config.validation.data(config.data))
     if len(shapes) == 2:
-        check_experts(config, **{which: shape.experts for which, shape in shapes.items()})
-        check_shapes(config, **shapes)
+        check_layouts(config, shapes)
     return shapes
+
+
+def check_layouts(config: TrainConfig, shapes: Mapping[str, ModelShape]) -> None:
+    """The part of `check_setup` that needs both models' dimensions alone. Raises UserError as it does."""
+    for which, shape in shapes.items():
+        check_model_fits(shape, config.layout_of(which), which)
+    check_experts(config, **{which: shape.experts for which, shape in shapes.items()})
+    check_shapes(config, **shapes)
 
 
 def check_fields(config: TrainConfig, batch: bool = True) -> None:

@@ -14,8 +14,7 @@ from rich.console import Console
 
 from nemo_tsdkd.checkpoints.atomic import require_creatable
 from nemo_tsdkd.checkpoints.shape import ModelShape
-from nemo_tsdkd.checks.precision import check_shapes
-from nemo_tsdkd.checks.setup import check_fields, check_model_fits
+from nemo_tsdkd.checks.setup import check_fields, check_layouts
 from nemo_tsdkd.config.compose import add_config_arguments, config_from
 from nemo_tsdkd.config.train_config import TrainConfig
 from nemo_tsdkd.config.validation import UserError
@@ -86,11 +85,8 @@ def _planned(
 def check_plan(config: TrainConfig) -> dict[str, ModelShape]:
     """Both models' shapes. Raises UserError where the configuration is not valid or a model does not fit its layout."""
     check_fields(config)
-    shapes = {}
-    for which in ("student", "teacher"):
-        shapes[which] = ModelShape.of_folder(getattr(config, which).path)
-        check_model_fits(shapes[which], config.layout_of(which), which)
-    check_shapes(config, **shapes)
+    shapes = {which: ModelShape.of_folder(getattr(config, which).path) for which in ("student", "teacher")}
+    check_layouts(config, shapes)
     return shapes
 
 

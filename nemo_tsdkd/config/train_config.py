@@ -72,6 +72,16 @@ class TrainConfig:
         return self.student_world_size // self.parallel.model_parallel_size
 
     @property
+    def full_micro_batch_size(self) -> int:
+        """Sequences of `data.seq_length` tokens in one of the student's micro-batches."""
+        return max(self.micro_batch_size, self.micro_batch_tokens // self.data.seq_length)
+
+    @property
+    def full_micro_batches(self) -> int:
+        """A rank's micro-batches of a step in which all sequences have `data.seq_length` tokens."""
+        return max(1, self.global_batch_size // self.data_parallel_size // self.full_micro_batch_size)
+
+    @property
     def teacher_parallel(self) -> TeacherLayoutConfig:
         """The teacher's layout, `teacher.parallel` over the student's."""
         own = {name: value for name, value in vars(self.teacher.parallel).items() if value is not None}

@@ -19,6 +19,7 @@ from nemo_tsdkd.config.validation import UserError
 
 FIRST_PORT, PORTS = 15000, 10000  # below Linux's ephemeral range (32768-60999), so no outgoing connection holds one
 
+_VARIABLES = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "SLURM_")
 _SLURM = "slurm-"  # begins the run id that we set for srun's ranks
 
 
@@ -32,6 +33,11 @@ class Launch:
     node: int
     master_addr: str
     master_port: int
+
+
+def environment_outside() -> dict[str, str]:
+    """This process's environment without what a launcher says of ranks: for a child that is no rank of this job."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_VARIABLES)}
 
 
 def hosts() -> list[str]:

@@ -81,10 +81,8 @@ def softmax_sums(
     """Softmax sums of both models, [2, n] each, over the whole vocabulary: one pass and two packed reductions; and
     log-probabilities [2, n] of the tokens `labels` [n], which travel with the second reduction."""
     sums = SoftmaxSums.empty(head.student.new_empty((2, head.num_tokens), dtype=compute_dtype(head.student.dtype)))
-    run, sampled = (
-        passes(config, head.student.device),
-        sums.mass.new_zeros((0 if labels is None else 2, head.num_tokens)),
-    )
+    run = passes(config, head.student.device)
+    sampled = sums.mass.new_zeros((0 if labels is None else 2, head.num_tokens))
     for rows, columns, logits in head.tiles():
         if labels is not None:
             own = labels[rows] - group_rank(tp_group) * head.padded_width - columns.start

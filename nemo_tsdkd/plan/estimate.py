@@ -118,10 +118,8 @@ def _collective_s(one: Collective, ranks: Sequence[int], config: TrainConfig, ha
     """Seconds of its calls: a latency each, and the bytes that a ring passes through each rank."""
     if len(ranks) < 2:
         return 0.0
-    per_node = config.parallel.gpus_per_node
-    inside = len({rank // per_node for rank in ranks}) == 1
-    speed = hardware.nvlink_bytes_per_s if inside else hardware.network_bytes_per_s
-    latency = hardware.nvlink_latency_s if inside else hardware.network_latency_s
+    nodes = {rank // config.parallel.gpus_per_node for rank in ranks}
+    speed, latency = hardware.link(inside_node=len(nodes) == 1)
     passes = 2 if one.operator.startswith("allreduce") else 1
     ring = 1 if one.operator in ("send", "recv", "broadcast", "ring") else (len(ranks) - 1) / len(ranks)
     return one.calls * latency + passes * ring * one.size / speed
@@ -134,9 +132,7 @@ def act_seconds(act: str, steps: Sequence[Step], config: TrainConfig) -> float:
     if act == "rollout":
         return slowest * stages  # a token passes through all stages before the next one
     if act == "student":
-        rows = max(config.micro_batch_size, config.micro_batch_tokens // config.data.seq_length)
-        micro_batches = max(1, config.global_batch_size // config.data_parallel_size // rows)
-        return slowest * (micro_batches + stages - 1) / micro_batches
+        return slowest * (config.full_micro_batches + stages - 1) / config.full_micro_batches
     return slowest
 
 

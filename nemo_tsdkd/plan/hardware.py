@@ -24,6 +24,12 @@ class Hardware:
     network_bytes_per_s: float
     network_latency_s: float
 
+    def link(self, *, inside_node: bool) -> tuple[float, float]:
+        """(bytes a second, seconds of latency) between GPUs of one node or of several."""
+        if inside_node:
+            return self.nvlink_bytes_per_s, self.nvlink_latency_s
+        return self.network_bytes_per_s, self.network_latency_s
+
     @classmethod
     def read(cls, path: Path = CONF / "hardware" / "h100.yaml") -> Hardware:
         """The hardware of a YAML file.

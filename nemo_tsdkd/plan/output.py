@@ -24,11 +24,10 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(f"The step's largest part: {plan.bottleneck}.")
     if plan.has_experts:
         console.print("The teacher's experts are taken to get equal shares of the tokens; teacher_expert_load tells.")
-    most = max(stage.peak for stage in plan.stages) + RESERVE
     verdict = "fits" if plan.fits else "does NOT fit"
     console.print(
-        f"The fullest GPU needs {most / GIB:.1f} GiB, {RESERVE / GIB:.0f} of them for CUDA, NCCL and fragmentation: "
-        f"the job {verdict} into {plan.hardware.memory_gib:.1f} GiB."
+        f"The fullest GPU needs {plan.needs / GIB:.1f} GiB, {RESERVE / GIB:.0f} of them for CUDA, NCCL and "
+        f"fragmentation: the job {verdict} into {plan.hardware.memory_gib:.1f} GiB."
     )
 
 
@@ -42,16 +41,11 @@ def _table(title: str, *columns: str) -> Table:
 def _memory(plan: Plan) -> Table:
     table = _table("Memory of a GPU in GiB", "stage", "act", "held", "peak", "arithmetic", "difference")
     for stage in plan.stages:
-        step = stage.step
-        for act, peak in step.peak.items():
-            expected = stage.arithmetic.get(act)
-            beside = (
-                ("", "") if expected is None else (_gib(expected), f"{(peak + stage.fp8_copies) / expected - 1:+.1%}")
-            )
+        for act in stage.step.peak:
+            peak, expected = stage.peak_of(act), stage.arithmetic.get(act)
+            beside = ("", "") if expected is None else (_gib(expected), f"{peak / expected - 1:+.1%}")
             marked = f"{act} (most)" if act == stage.fullest else act
-            table.add_row(
-                step.role.name, marked, _gib(step.held[act] + stage.fp8_copies), _gib(peak + stage.fp8_copies), *beside
-            )
+            table.add_row(stage.step.role.name, marked, _gib(stage.held(act)), _gib(peak), *beside)
     return table
 
 
@@ -73,7 +67,7 @@ def _time(plan: Plan) -> Table:
             step = stage.step
             lasts = "" if number else f"{seconds:.2f} s"
             table.add_row(act, step.role.name, f"{step.flops[act] / 1e12:.1f}", f"{step.compute_s[act]:.2f} s", lasts)
-    table.add_row("step", "", "", "", f"{sum(plan.seconds.values()):.2f} s")
+    table.add_row("step", "", "", "", f"{plan.step_s:.2f} s")
     return table
 
 
@@ -83,7 +77,7 @@ def print_sweep(candidates: Sequence[Candidate], console: Console) -> None:
     for candidate in [c for c in candidates if c.reason is None][:SHOWN]:
         beside = ("", "")
         if plan := candidate.plan:
-            beside = _gib(max(stage.peak for stage in plan.stages) + RESERVE), f"{sum(plan.seconds.values()):.2f}"
+            beside = _gib(plan.needs), f"{plan.step_s:.2f}"
         table.add_row(candidate.name, f"{candidate.memory_gib:.1f}", f"{candidate.seconds:.2f}", *beside)
     console.print(table)
     feasible = sum(candidate.reason is None for candidate in candidates)

@@ -31,14 +31,21 @@ class Stage:
     arithmetic: dict[str, float]
     fp8_copies: float
 
-    @property
-    def peak(self) -> float:
-        return max(self.step.peak.values()) + self.fp8_copies
+    def held(self, act: str) -> float:
+        """At the act's begin."""
+        return self.step.held[act] + self.fp8_copies
+
+    def peak_of(self, act: str) -> float:
+        return self.step.peak[act] + self.fp8_copies
 
     @property
     def fullest(self) -> str:
         """The act with the most bytes."""
-        return max(self.step.peak, key=lambda act: self.step.peak[act])
+        return max(self.step.peak, key=self.peak_of)
+
+    @property
+    def peak(self) -> float:
+        return self.peak_of(self.fullest)
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,21 @@ class Plan:
         return {act: act_seconds(act, steps, self.config) for act in TIMED}
 
     @property
+    def step_s(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
     def bottleneck(self) -> str:
         return bottleneck([stage.step for stage in self.stages])
 
     @property
+    def needs(self) -> float:
+        """Bytes of the fullest GPU, with `RESERVE`."""
+        return max(stage.peak for stage in self.stages) + RESERVE
+
+    @property
     def fits(self) -> bool:
-        return max(stage.peak for stage in self.stages) + RESERVE <= self.hardware.memory_gib * GIB
+        return self.needs <= self.hardware.memory_gib * GIB
 
     def as_json(self) -> dict[str, Any]:
         """Bytes in GiB, times in seconds."""
@@ -77,17 +93,17 @@ class Plan:
                 for one in stage.step.collectives
             ],
             "flops": {stage.step.role.name: stage.step.flops for stage in self.stages},
-            "time": {**self.seconds, "step": sum(self.seconds.values()), "bottleneck": self.bottleneck},
+            "time": {**self.seconds, "step": self.step_s, "bottleneck": self.bottleneck},
             "hardware": asdict(self.hardware),
         }
 
 
 def _stage_json(stage: Stage) -> dict[str, Any]:
-    step, copies = stage.step, stage.fp8_copies
+    step = stage.step
     acts = {
         act: {
-            "held_gib": (step.held[act] + copies) / GIB,
-            "peak_gib": (step.peak[act] + copies) / GIB,
+            "held_gib": stage.held(act) / GIB,
+            "peak_gib": stage.peak_of(act) / GIB,
             "at_peak_gib": {label: size / GIB for label, size in step.at_peak[act].items()},
             **({"arithmetic_gib": stage.arithmetic[act] / GIB} if act in stage.arithmetic else {}),
         }

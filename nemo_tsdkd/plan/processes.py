@@ -12,9 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from nemo_tsdkd.config.validation import HostError
+from nemo_tsdkd.distributed.launch import environment_outside
 from nemo_tsdkd.plan.request import ACTS, Request, Result
-
-_LAUNCH_VARIABLES = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "SLURM_")
 
 
 def dry_runs(requests: Sequence[Request], show: Callable[[int], None], at_once: int = 0) -> list[Result]:
@@ -28,8 +27,8 @@ def dry_runs(requests: Sequence[Request], show: Callable[[int], None], at_once: 
         HostError: a process was killed, as one that finds no memory is.
         RuntimeError: a dry run failed.
     """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCH_VARIABLES)}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the stand-in, also where there is a GPU
+    # Without a GPU's number, the stand-in runs also where there is a GPU.
+    environment = environment_outside() | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     at_once, shown = at_once or os.cpu_count() or 1, 0
     with TemporaryDirectory() as scratch:
         runs = [_Run(request, Path(scratch, str(i)), environment) for i, request in enumerate(requests)]

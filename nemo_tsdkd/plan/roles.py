@@ -29,8 +29,7 @@ def roles(config: TrainConfig) -> list[Role]:
     hold the same as the second."""
     student, teacher = student_layout(config), teacher_layout(config)
     found: dict[tuple[int | None, int | None], Role] = {}
-    for rank in range(config.parallel.world_size):
-        role = Role(rank, _stage(student, rank), _stage(teacher, rank))
+    for role in of_ranks(config, range(config.parallel.world_size)):
         found[_kind(student, role.student_stage), _kind(teacher, role.teacher_stage)] = role
     return sorted(found.values(), key=lambda role: role.rank)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from nemo_tsdkd.checkpoints.shape import ModelShape
 from nemo_tsdkd.checks.memory import GIB, per_gpu
-from nemo_tsdkd.checks.precision import check_names, check_shapes
-from nemo_tsdkd.checks.setup import check_model_fits
+from nemo_tsdkd.checks.precision import check_names
+from nemo_tsdkd.checks.setup import check_layouts
 from nemo_tsdkd.config.integers import ceil_div
 from nemo_tsdkd.config.schema import RECOMPUTE
 from nemo_tsdkd.config.train_config import TrainConfig
@@ -69,7 +69,7 @@ def sweep(
     found = [_judge(layout, shapes, hardware) for layout in layouts(config, shapes["student"])]
     feasible = sorted((c for c in found if c.reason is None), key=_order)
     planned = [Candidate(c.config, c.memory_gib, c.seconds, plan=dry_run(c.config)) for c in feasible[:best]]
-    planned.sort(key=lambda c: sum(c.plan.seconds.values()) if c.plan else 0.0)
+    planned.sort(key=lambda c: c.plan.step_s if c.plan else 0.0)
     return [*planned, *feasible[best:], *(c for c in found if c.reason is not None)]
 
 
@@ -85,7 +85,7 @@ def layouts(config: TrainConfig, student: ModelShape) -> Iterator[TrainConfig]:
     8, every micro-batch size that a rank's rows allow, every kind of recomputation."""
     ranks, per_node = config.student_world_size, config.parallel.gpus_per_node
     tensor = [n for n in _powers_of_two(per_node) if student.heads % n == 0]
-    pipeline = [n for n in _powers_of_two(min(ranks, student.layers))]
+    pipeline = _powers_of_two(min(ranks, student.layers))
     context = _powers_of_two(min(8, ranks)) if config.precision.name != "fp32" else [1]
     for tp, pp, cp in itertools.product(tensor, pipeline, context):
         if ranks % (tp * pp * cp):
@@ -110,9 +110,7 @@ def _judge(config: TrainConfig, shapes: Mapping[str, ModelShape], hardware: Hard
     try:
         config.validate()
         check_names(config)
-        for which, shape in shapes.items():
-            check_model_fits(shape, config.layout_of(which), which)
-        check_shapes(config, **shapes)
+        check_layouts(config, shapes)
     except UserError as error:
         return Candidate(config, 0.0, 0.0, str(error))
     memory = per_gpu(config, **shapes).peak / GIB
@@ -125,17 +123,15 @@ def _judge(config: TrainConfig, shapes: Mapping[str, ModelShape], hardware: Hard
 def rough_seconds(config: TrainConfig, shapes: Mapping[str, ModelShape], hardware: Hardware) -> float:
     """Of a step, without a dry run."""
     student, teacher = shapes["student"], shapes["teacher"]
-    p, rows = config.parallel, config.global_batch_size
-    tokens = rows * config.data.seq_length
+    p, micro_batches = config.parallel, config.full_micro_batches
+    tokens = config.global_batch_size * config.data.seq_length
     layers = student.layers // p.pipeline_model_parallel_size
     params = student.layers * student.layer_params + student.table_params(1)
     work = (6 + 2 * REPEATED_WORK[p.recompute]) * params * tokens / config.student_world_size / hardware.flops_per_s
-    micro_batches = max(1, rows // config.data_parallel_size // config.micro_batch_size)
     messages = _tensor_parallel_s(config, student, layers, tokens, micro_batches, hardware)
     update = (work + messages) * (micro_batches + p.pipeline_model_parallel_size - 1) / micro_batches
     gradients = 6 * student.stage_params(p.tensor_model_parallel_size, p.pipeline_model_parallel_size, 0)
-    inside = config.student_world_size <= p.gpus_per_node
-    speed = hardware.nvlink_bytes_per_s if inside else hardware.network_bytes_per_s
+    speed, _ = hardware.link(inside_node=config.student_world_size <= p.gpus_per_node)
     update += gradients / speed if config.data_parallel_size > 1 else 0
     teacher_params = teacher.layers * teacher.layer_params
     forward = 2 * teacher_params * tokens / config.teacher_world_size / hardware.flops_per_s

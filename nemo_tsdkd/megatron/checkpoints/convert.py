@@ -15,7 +15,7 @@ from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer as NemoTokenizer
 from nemo.lightning import io
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_tsdkd.checkpoints.atomic import read_json
 from nemo_tsdkd.checkpoints.completeness import require_complete
@@ -43,9 +43,9 @@ def import_hf(source: Path, output: Path | None) -> None:
         assets = Path(staging, HF_ASSETS.name)
         copy_assets(source, assets)
         translate_assets(assets)
-        if not (assets / "generation_config.json").is_file():
-            GenerationConfig.from_model_config(AutoConfig.from_pretrained(assets)).save_pretrained(assets)
         config = config_from_hf(assets)
+        if not (assets / "generation_config.json").is_file():
+            config.generation_config.save_pretrained(assets)
         if torch.cuda.is_available():  # each rank of a node proves some layers on its own GPU
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         model, trainer = _unloaded_model(config, assets, single_layer=True)

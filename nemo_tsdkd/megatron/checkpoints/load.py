@@ -32,6 +32,7 @@ from nemo_tsdkd.checkpoints.model_folder import (
 )
 from nemo_tsdkd.config.validation import HostError, UserError
 from nemo_tsdkd.distributed.groups import from_rank_zero
+from nemo_tsdkd.distributed.launch import environment_outside
 from nemo_tsdkd.megatron.checkpoints.context import read_gpt_config
 from nemo_tsdkd.megatron.checkpoints.hf import config_from_hf
 from nemo_tsdkd.megatron.checkpoints.unpickling import checkpoint_errors
@@ -39,7 +40,6 @@ from nemo_tsdkd.megatron.checkpoints.unpickling import checkpoint_errors
 logger = logging.getLogger(__name__)
 
 _PREFIX = "module."  # NeMo's checkpoints hold the model under this name, beside optimizer state
-_LAUNCH_VARIABLES = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "SLURM_")
 
 
 def resolve(path: str | Path, cache_dir: Path) -> Path:
@@ -200,9 +200,10 @@ def _stored_tensors(checkpoint: Path) -> dict:
 def _import_once(folder: Path, cache_dir: Path) -> Path:
     checkpoint = cache_dir / content_key(folder)
     if not checkpoint.is_dir():
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCH_VARIABLES)}
         command = [sys.executable, "-m", "nemo_tsdkd", "import", "--source", str(folder), "--output", str(checkpoint)]
-        child = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        child = subprocess.run(
+            command, env=environment_outside(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         if not is_nemo_checkpoint(checkpoint):
             said = child.stderr.strip().rpartition("nemo-tsdkd: error: ")[2]
             kind = {2: UserError, 1: HostError}.get(child.returncode) if said != child.stderr.strip() else None

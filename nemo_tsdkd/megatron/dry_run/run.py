@@ -35,6 +35,7 @@ from nemo_tsdkd.distributed.layout import teacher_layout
 from nemo_tsdkd.distributed.ledger import Ledger, Phase
 from nemo_tsdkd.megatron import model as model_module
 from nemo_tsdkd.megatron import teacher, teacher_pass, train
+from nemo_tsdkd.megatron.checkpoints import load
 from nemo_tsdkd.megatron.checkpoints.hf import config_from_hf
 from nemo_tsdkd.megatron.datamodule import SampleModule
 from nemo_tsdkd.megatron.dry_run import kernels
@@ -92,7 +93,7 @@ def as_on_gpu(config: TrainConfig) -> TrainConfig:
     """`config` with what a GPU would choose, for two steps, each on-policy if the run can be."""
     assert config.precision.name in ("bf16", "fp32") and config.teacher.precision in ("bf16", "fp32")
     length = round_up(config.data.seq_length, pad_to_multiple(config, on_gpu=True))
-    config = replace(
+    return replace(
         config,
         max_steps=2,
         data=replace(config.data, seq_length=length),
@@ -103,7 +104,6 @@ def as_on_gpu(config: TrainConfig) -> TrainConfig:
         samples=replace(config.samples, every_n_steps=0),
         progress_bar=False,
     )
-    return config
 
 
 def fewer_micro_batches(config: TrainConfig) -> tuple[TrainConfig, float]:
@@ -112,9 +112,8 @@ def fewer_micro_batches(config: TrainConfig) -> tuple[TrainConfig, float]:
     That is one micro-batch more than the pipeline has stages, and at least one of the teacher's for each of its
     data-parallel ranks. The rest of a step repeats them.
     """
-    rows = max(config.micro_batch_size, config.micro_batch_tokens // config.data.seq_length)
     most = config.global_batch_size // config.data_parallel_size
-    rows = min(rows, most)
+    rows = min(config.full_micro_batch_size, most)
     block = rows * config.data_parallel_size
     teacher_rows = 0 if config.one_layout else teacher_layout(config).data * config.teacher.micro_batch_size
     count = max(config.parallel.pipeline_model_parallel_size + 1, ceil_div(teacher_rows, block))
@@ -205,14 +204,10 @@ def _skip_weights(request: Request) -> None:
         shape = config.vocab_size // tp_group.size(), config.hidden_size
         return torch.zeros(shape, dtype=config.params_dtype)
 
-    def frozen_model(config: Any, checkpoint: Path) -> Any:
-        model = config.configure_model(tokenizer=None)
-        return model.to(dtype=config.params_dtype).eval().requires_grad_(False)
-
     train.resolve = lambda path, cache: Path(path)
     train.gpt_config = gpt_config
-    model_module.load_weights = lambda module, checkpoint: None
-    teacher.load_head, teacher_pass.frozen_model = load_head, frozen_model
+    model_module.load_weights = load.load_weights = lambda module, checkpoint: None
+    teacher.load_head = load_head
 
 
 def _watch(ledger: Ledger, config: TrainConfig, announce: Callable[[], Any]) -> None:
