@@ -39,8 +39,8 @@ class Recipe:
     num_hidden_layers: int
     vocab_size: int
     tie_word_embeddings: bool
-    written_share: float
     steps: int
+    written_share: float = 1.0
 
 
 RECIPES = {
@@ -78,9 +78,17 @@ def _key(recipe: Recipe) -> str:
 
 
 def train(recipe: Recipe, problems: Sequence[tasks.Problem], folder: Path) -> None:
-    """Train one model on problems and their solutions; save it with its tokenizer as a user would."""
+    """Train one model on the demo's problems, the first `written_share` of them with written-out steps."""
+    written = round(recipe.written_share * len(problems))
+    solutions = [*map(tasks.written_steps, problems[:written]), *map(tasks.estimate, problems[written:])]
+    fit(recipe, tasks.build_tokenizer(), [problem["question"] for problem in problems], solutions, folder)
+
+
+def fit(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], solutions: Sequence[str], folder: Path
+) -> None:
+    """Train one model on questions and their solutions; save it with its tokenizer as a user would."""
     set_seed(SEED)
-    tokenizer = tasks.build_tokenizer()
     assert len(tokenizer) <= recipe.vocab_size
     model = build_model(recipe, tokenizer)
     arguments = TrainingArguments(
@@ -98,7 +106,7 @@ def train(recipe: Recipe, problems: Sequence[tasks.Problem], folder: Path) -> No
         use_cpu=True,  # the same models everywhere, GPU or none
         seed=SEED,
     )
-    examples = _examples(tokenizer, problems, round(recipe.written_share * len(problems)))
+    examples = _examples(tokenizer, questions, solutions)
     Trainer(model, arguments, train_dataset=examples, data_collator=DataCollatorForSeq2Seq(tokenizer)).train()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -124,13 +132,12 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForC
 
 
 def _examples(
-    tokenizer: PreTrainedTokenizerFast, problems: Sequence[tasks.Problem], written: int
+    tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], solutions: Sequence[str]
 ) -> list[dict[str, list[int]]]:
-    """Chats, the first `written` of them with steps; only the response counts in the loss."""
+    """Chats; only the response counts in the loss."""
     prompts = tokenizer.apply_chat_template(
-        [[{"role": "user", "content": problem["question"]}] for problem in problems], add_generation_prompt=True
+        [[{"role": "user", "content": question}] for question in questions], add_generation_prompt=True
     )
-    solutions = [*map(tasks.written_steps, problems[:written]), *map(tasks.estimate, problems[written:])]
     responses = tokenizer([solution + tokenizer.eos_token for solution in solutions])["input_ids"]
     return [
         {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}

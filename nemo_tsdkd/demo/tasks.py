@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import reasoning_gym
@@ -65,7 +66,13 @@ def is_solved(problem: Problem, response: str) -> bool:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with single digits and a ChatML template, trained on a sample of the task."""
+    """The demo's tokenizer, trained on a sample of its task."""
+    sample = training_problems(500, PRETRAIN_SEED)
+    return train_tokenizer(f"user\n{p['question']}\nassistant\n{written_steps(p)}" for p in sample)
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with single digits and a ChatML template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -75,8 +82,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    text = [f"user\n{p['question']}\nassistant\n{written_steps(p)}" for p in training_problems(500, PRETRAIN_SEED)]
-    tokenizer.train_from_iterator(text, trainers.BpeTrainer(special_tokens=special, show_progress=False))
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(special_tokens=special, show_progress=False))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",
