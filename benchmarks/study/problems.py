@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import reasoning_gym
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
+from reasoning_gym.factory import get_score_answer_fn
 from transformers import PreTrainedTokenizerFast
 
 from nemo_tsdkd.demo.tasks import Problem, train_tokenizer, written_steps
@@ -109,6 +110,12 @@ def task_of(problem: Problem) -> str:
 
 def solution(problem: Problem) -> str:
     return FAMILIES[task_of(problem)].solution(problem)
+
+
+def is_solved(problem: Problem, response: str) -> bool:
+    """Whether reasoning-gym's verifier accepts the text after the response's last `Answer:`."""
+    _, found, answer = response.rpartition("Answer:")
+    return bool(found) and get_score_answer_fn(task_of(problem))(answer.strip(), problem) == 1.0
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

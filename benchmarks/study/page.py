@@ -1,0 +1,6 @@
+def summaries(rows):
+    return []
+
+
+def write_page(*a):
+    pass
