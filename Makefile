@@ -6,7 +6,7 @@ SCRIPTS := .ci/run $(wildcard docker/*.sh slurm/*.sh tests/slurm/*.sh tests/brow
 INSTALLED := .venv/.installed
 FAST_TESTS := $(if $(filter-out 0,$(FAST)),tests/unit tests/multirank)
 
-.PHONY: setup lab check test demo bench
+.PHONY: setup lab check test demo study bench
 .NOTPARALLEL:
 
 setup: $(INSTALLED)
@@ -32,7 +32,11 @@ test: setup $(if $(FAST_TESTS),,lab) check
 	$(BIN)/pytest $(FAST_TESTS)
 
 demo: setup
-	$(BIN)/python -m nemo_tsdkd.demo.run
+	$(BIN)/python -W 'ignore:The pynvml package' -m nemo_tsdkd.demo.run
+
+# STUDY=smoke tries the flow in a minute; the full study takes two cores some two hours, in parts if need be.
+study: setup
+	$(BIN)/python -W 'ignore:The pynvml package' -m benchmarks.study --setting $(or $(STUDY),full)
 
 bench: setup
 	mkdir -p runs/benchmarks

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tests"))  # the harness of ranks
+sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the harness of ranks
 
 import ranks
 
@@ -30,6 +29,7 @@ from benchmarks.study.page import summaries, write_page
 from benchmarks.study.settings import SETTINGS
 from nemo_tsdkd.checkpoints.atomic import read_json, write_json
 
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "study" / "results.json"
 PLAIN = ["torch", "nemo_tsdkd.megatron.train"], [ROOT, ROOT / "tests"]
 ENGINE = ["torch", "te_stand_in.preload"], [ROOT, ROOT / "tests" / "engine", ROOT / "tests"]

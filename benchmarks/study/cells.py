@@ -108,7 +108,8 @@ class Study:
         }
         given = [*(f"{name}={path}" for name, path in paths.items()), f"seed={of.seed}", f"optim.lr={of.rate}"]
         if arm.precision:
-            given += ["precision.name=bf16", f"teacher.precision={arm.precision}"]
+            # Of the toy teacher's four layers two would stay in bf16; of a real one's, two of dozens.
+            given += ["precision=bf16", "precision.first_last_layers_bf16=false", f"teacher.precision={arm.precision}"]
         with _COMPOSING:
             config = compose_config("study", [*given, *self.setting.overrides, *arm.overrides], CONF)
         check_setup(config)

@@ -123,10 +123,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(f"user\n{p['question']}\nassistant\n{solution(p)}" for p in training("pretrain", 400))
 
 
-def write_rows(path: Path, problems: Sequence[Problem], responses: Sequence[str] | None = None) -> Path:
-    """Rows for training and validation: prompt, reasoning-gym's entry and, where given, a response."""
-    with path.open("w", encoding="utf-8") as file:
-        for i, problem in enumerate(problems):
-            row = {"prompt": problem["question"], "entry": problem}
-            file.write(json.dumps(row if responses is None else row | {"response": responses[i]}) + "\n")
+def write_rows(path: Path, problems: Sequence[Problem]) -> Path:
+    """Rows for training and validation: prompt and answer."""
+    rows = ({"prompt": problem["question"], "answer": problem["answer"]} for problem in problems)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -8,20 +8,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     DataCollatorForSeq2Seq,
     GenerationConfig,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     Qwen2Config,
     Qwen2ForCausalLM,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 from nemo_tsdkd.checkpoints.atomic import atomic_folder
 from nemo_tsdkd.demo import tasks
+from nemo_tsdkd.distributed.progress import ProgressDisplay
 
 BATCH_SIZE = 64
 PROBLEMS = 20_000
@@ -107,9 +111,24 @@ def fit(
         seed=SEED,
     )
     examples = _examples(tokenizer, questions, solutions)
-    Trainer(model, arguments, train_dataset=examples, data_collator=DataCollatorForSeq2Seq(tokenizer)).train()
+    trainer = Trainer(model, arguments, train_dataset=examples, data_collator=DataCollatorForSeq2Seq(tokenizer))
+    trainer.remove_callback(PrinterCallback)  # a line every logging_steps, in a form of its own
+    with ProgressDisplay("pretraining step", recipe.steps) as display:
+        trainer.add_callback(_Show(display))
+        trainer.train()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+class _Show(TrainerCallback):
+    """Shows each logged loss on a display."""
+
+    def __init__(self, display: ProgressDisplay) -> None:
+        self.display = display
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.display.show(state.global_step, f"loss {logs['loss']:.4f}")
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
