@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.analysis import HOLDS, HOLDS_NOT, NOT_RUN, UNCLEAR
+from benchmarks.study.analysis import HOLDS, HOLDS_NOT, NOT_RUN, UNCLEAR, summaries
 from benchmarks.study.claims import AGAINST, PRECISE, Question, is_precision, paper_questions, rule_questions
 from benchmarks.study.markdown import (
     bullets,
@@ -24,6 +24,8 @@ from benchmarks.study.markdown import (
     with_interval,
 )
 from benchmarks.study.plots import draw_all
+
+__all__ = ["summaries", "text_of", "write_page"]
 
 Row = dict[str, Any]
 BASELINES = {"student": "the student, before distillation", "teacher": "the teacher"}
