@@ -9,9 +9,9 @@ from nemo_tsdkd.demo.pretrain import Recipe
 
 # Both models learn from right solutions alone. The student has half of the teacher's parameters, has seen a quarter of
 # its problems, and less often. Of three sizes and lengths of training tried, before any arm was run, it is the one that
-# solves a third of the validation split: it can become better or worse. Its entropy is then 0.2 nats a token, and 1.9 on
-# the most uncertain tenth, where a language model's is of this order too; so the paper's weights and its ten candidates
-# of 529 tokens mean here what they mean there. As in Qwen2.5, the widths exceed the tokenizer's and differ.
+# solves a third of the validation split: it can become better or worse. Its entropy is then 0.2 nats a token, and 1.9
+# on the most uncertain tenth, where a language model's is of this order too; so the paper's weights and its ten
+# candidates of 529 tokens mean here what they mean there. As in Qwen2.5, the widths exceed the tokenizer's and differ.
 TEACHER = Recipe(hidden_size=128, num_hidden_layers=4, vocab_size=560, tie_word_embeddings=False, steps=1400)
 STUDENT = Recipe(hidden_size=96, num_hidden_layers=3, vocab_size=536, tie_word_embeddings=True, steps=600)
 
