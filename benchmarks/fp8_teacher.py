@@ -181,6 +181,29 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def differences(folders: dict[str, Path], problems: list[dict]) -> tuple[list[dict], list[int]]:
+    """A row for each of ROWS, and the lengths of the responses it speaks of.
+
+    Args:
+        folders: Hugging Face folders of the "student" and the "teacher".
+        problems: with a `question` each; the student answers them.
+    """
+    from transformers import AutoTokenizer
+
+    pairs = answers(folders["student"], problems)
+    vocab_size = len(AutoTokenizer.from_pretrained(folders["student"]))
+    ranks.start_anew(["torch", "te_stand_in.preload"], [TESTS / "engine", TESTS, TESTS.parent])
+    logits = ranks.run_ranks(all_logits, 1, folders, pairs, vocab_size, timeout=1800)[0]
+    reference = {which: logits[which, "bf16", False] for which in folders}
+    expected = decisions(reference["student"], reference["teacher"])
+    rows = []
+    for which, name, edge in ROWS:
+        changed = reference | {which: logits[which, name, edge]}
+        row = difference(decisions(changed["student"], changed["teacher"]), expected)
+        rows.append({"model": which, "precision": name, "first_last_layers_bf16": edge} | row)
+    return rows, [len(response) for _, response in pairs]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=64)
@@ -189,22 +212,13 @@ def main() -> None:
     args = parser.parse_args()
     folders = pretrained(args.runs / "demo-cache")
     wheel.fetch()
-    pairs = answers(folders["student"], held_out_problems(args.problems))
-    vocab_size = json.loads((folders["student"] / "config.json").read_text())["vocab_size"]
-    ranks.start_anew(["torch", "te_stand_in.preload"], [TESTS / "engine", TESTS, TESTS.parent])
-    logits = ranks.run_ranks(all_logits, 1, folders, pairs, vocab_size)[0]
-    reference = {which: logits[which, "bf16", False] for which in folders}
-    expected = decisions(reference["student"], reference["teacher"])
-    rows = []
-    for which, name, edge in ROWS:
-        changed = reference | {which: logits[which, name, edge]}
-        row = difference(decisions(changed["student"], changed["teacher"]), expected)
-        rows.append({"model": which, "precision": name, "first_last_layers_bf16": edge} | row)
-    tokens = sum(len(response) for _, response in pairs)
-    print(f"{len(pairs)} responses of {tokens} tokens; differences from both models in bf16\n")
+    rows, lengths = differences(folders, held_out_problems(args.problems))
+    print(f"{len(lengths)} responses of {sum(lengths)} tokens; differences from both models in bf16\n")
     print(table(rows))
     if args.json:
-        args.json.write_text(json.dumps({"responses": len(pairs), "tokens": tokens, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"responses": len(lengths), "tokens": sum(lengths), "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

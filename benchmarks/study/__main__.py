@@ -31,8 +31,6 @@ from nemo_tsdkd.checkpoints.atomic import read_json, write_json
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "study" / "results.json"
-PLAIN = ["torch", "nemo_tsdkd.megatron.train"], [ROOT, ROOT / "tests"]
-ENGINE = ["torch", "te_stand_in.preload"], [ROOT, ROOT / "tests" / "engine", ROOT / "tests"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setting, folder = SETTINGS[args.setting], args.runs.absolute() / args.setting
     results, docs = (RESULTS, ROOT / "docs") if args.setting == "full" else (folder / "results.json", folder / "docs")
     models = pretrained(setting, folder)
-    ranks.start_anew(*PLAIN)
+    ranks.start_anew(["torch", "nemo_tsdkd.megatron.train"], [ROOT, ROOT / "tests"])
     study = Study(setting, prepare(setting, folder, models), folder)
     if args.again:
         compare(study, read_json(results), args.again[0], int(args.again[1]))
@@ -55,11 +53,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [*study.baselines(), *make(study, [name for name in setting.arms if not ARMS[name].precision])]
     precise = [name for name in setting.arms if ARMS[name].precision]
     if precise:
-        ranks.start_anew(*ENGINE)
-        rows += make(study, precise, rate=study.rate("tsdkd"))
+        rate = study.rate("tsdkd")
+        rows += study.decisions()
+        start_engine()
+        rows += make(study, precise, rate)
     rows += summaries(rows)
     write_json(results, rows)
     write_page(rows, docs, {name: ARMS[name].title for name in setting.arms}, "python -m benchmarks.study")
+
+
+def start_engine() -> None:
+    """From here on, ranks have Transformer Engine's own Python over the tests' stand-in of its kernels."""
+    sys.path.append(str(ROOT / "tests" / "engine"))
+    from te_stand_in import wheel
+
+    wheel.fetch()
+    ranks.start_anew(["torch", "te_stand_in.preload"], [ROOT, ROOT / "tests" / "engine", ROOT / "tests"])
 
 
 def make(study: Study, arms: Sequence[str], rate: float | None = None) -> list[dict[str, Any]]:
@@ -73,7 +82,7 @@ def compare(study: Study, rows: list[dict[str, Any]], arm: str, seed: int) -> No
     """Train and score a cell once more. Exits with 1 where a number differs from its row, times aside."""
     before = next(row for row in rows if (row["arm"], row["seed"], row["split"]) == (arm, seed, "test"))
     if ARMS[arm].precision:
-        ranks.start_anew(*ENGINE)
+        start_engine()
     now = study.train(Cell(arm, seed, before["lr"]))
     fields = [name for name in now if name not in ("seconds", "git")]
     differ = [f"{name}: {before[name]} -> {now[name]}" for name in fields if before[name] != now[name]]

@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,6 +19,7 @@ import ranks
 from benchmarks.study import cell
 from benchmarks.study.arms import ARMS
 from benchmarks.study.models import CONF, Pair
+from benchmarks.study.problems import held_out
 from benchmarks.study.settings import Setting
 from nemo_tsdkd.checkpoints.atomic import read_json, write_json
 from nemo_tsdkd.checks.setup import check_setup
@@ -67,16 +68,34 @@ class Study:
         student, teacher = self.pair.hf["student"], self.pair.hf["teacher"]
         about = {"seed": None, "split": "test", "steps": 0, "response_tokens": 0}
         return [
-            {"arm": "student", **about, **self._score(student, teacher), **self._provenance},
-            {"arm": "teacher", **about, **self._score(teacher, None), **self._provenance},
+            {"arm": name, **about, **self._kept(f"{name}-{self.pair.digests[name]}", score), **self._provenance}
+            for name, score in (
+                ("student", lambda: self._score(student, teacher)),
+                ("teacher", lambda: self._score(teacher, None)),
+            )
         ]
 
+    def decisions(self) -> list[dict[str, Any]]:
+        """How often FP8 changes what the objective decides on (benchmarks/fp8_teacher.py)."""
+        from benchmarks import fp8_teacher
+
+        problems = held_out("validation", self.setting.validation_each)
+        rows = self._kept(
+            f"decisions-{'-'.join(self.pair.digests.values())}",
+            lambda: fp8_teacher.differences(self.pair.hf, problems)[0],
+        )
+        about = {"seed": None, "split": "decisions", "accuracy": None, "steps": 0, "response_tokens": 0}
+        return [{"arm": f"{row['model']} {row['precision']}", **about, **row} for row in rows]
+
     def _row(self, of: Cell) -> dict[str, Any]:
-        kept = self.folder / "cells" / f"{_name(of)}-{self._key(of)}.json"
-        if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, self.train(of))
-        return read_json(kept)
+        return self._kept(f"{_name(of)}-{self._key(of)}", lambda: self.train(of))
+
+    def _kept(self, name: str, make: Callable[[], Any]) -> Any:
+        path = self.folder / "cells" / f"{name}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, make())
+        return read_json(path)
 
     def train(self, of: Cell) -> dict[str, Any]:
         """Train a cell and score it: on the validation split for the grid, else on the test split too."""

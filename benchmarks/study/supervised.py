@@ -21,6 +21,6 @@ class SupervisedModel(TSDKDModel):
         logits = vocab_parallel_logits(unwrap(self.module), hidden).float()
         logits[..., self.vocabulary.size :] = float("-inf")
         mask = batch.micro_batch["response_mask"].t()
-        nats = vocab_parallel_cross_entropy(logits, batch.micro_batch["labels"].t()) * mask
+        nats = vocab_parallel_cross_entropy(logits, batch.micro_batch["labels"].t().contiguous()) * mask
         loss_sum = (nats.sum(0) / mask.sum(0).clamp(min=1)).sum()
         return replace(reported, loss=loss_sum / reported.count.clamp(min=1), loss_sum=loss_sum)

@@ -36,7 +36,8 @@ SEED = 1
 class Recipe:
     """One model's size and training. As in Qwen2.5, `vocab_size` exceeds the tokenizer and differs in the pair.
 
-    `written_share` of the problems come with written-out steps, the others with an estimate.
+    `written_share` of the problems come with written-out steps, the others with an estimate. Where it `anneals`, the
+    learning rate falls to zero at the last step; else the training stops in its midst.
     """
 
     hidden_size: int
@@ -45,6 +46,7 @@ class Recipe:
     tie_word_embeddings: bool
     steps: int
     written_share: float = 1.0
+    anneals: bool = True
 
 
 RECIPES = {
@@ -102,7 +104,7 @@ def fit(
         learning_rate=3e-3,
         adam_beta2=0.98,
         warmup_ratio=0.1,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="cosine" if recipe.anneals else "constant_with_warmup",
         logging_steps=50,
         save_strategy="no",
         report_to=[],
