@@ -66,7 +66,7 @@ FAMILIES = {
         lambda problem: problem["question"],
     ),
     "gcd": Family(
-        {"min_value": 1, "max_value": 60}, {}, _gcd, lambda problem: tuple(sorted(problem["metadata"]["numbers"]))
+        {"min_value": 1, "max_value": 60}, _gcd, lambda problem: tuple(sorted(problem["metadata"]["numbers"]))
     ),
 }
 
