@@ -115,7 +115,7 @@ def fit(
     examples = _examples(tokenizer, questions, solutions)
     trainer = Trainer(model, arguments, train_dataset=examples, data_collator=DataCollatorForSeq2Seq(tokenizer))
     trainer.remove_callback(PrinterCallback)  # a line every logging_steps, in a form of its own
-    with ProgressDisplay("pretraining step", recipe.steps) as display:
+    with ProgressDisplay("pretraining step", recipe.steps, only_long=True) as display:
         trainer.add_callback(_Show(display))
         trainer.train()
     model.save_pretrained(folder)
