@@ -8,7 +8,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
@@ -136,7 +136,8 @@ class Study:
 
     def _key(self, of: Cell) -> str:
         """Of what a cell's numbers depend on, the code of the package aside."""
-        parts = (ARMS[of.arm], self.pair.digests, self.setting, (CONF / "study.yaml").read_text())
+        size = replace(self.setting, arms=(), seeds=(), rates=())
+        parts = (ARMS[of.arm], self.pair.digests, size, (CONF / "study.yaml").read_text())
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
     @cached_property
