@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [*study.baselines(), *make(study, [name for name in setting.arms if not ARMS[name].precision])]
     precise = [name for name in setting.arms if ARMS[name].precision]
     if precise:
-        rate = study.rate("tsdkd")
+        rate = study.rate("no_entropy")
         rows += study.decisions()
         start_engine()
         rows += make(study, precise, rate)

@@ -25,6 +25,7 @@ class Arm:
 
 OFF_POLICY = "rollout.lmbda=0"
 ALL_TOKENS = ("objective=reverse_kl",)
+READS_TEACHER = ("objective=no_entropy",)
 # Selection rules are compared under one divergence, the reverse KL of TIP's and IW-OPD's papers, without other terms.
 SELECTED = ("objective.beta=1", "objective.indirect_kd_alpha=0", "objective.entropy_weight=0")
 
@@ -37,7 +38,7 @@ ARMS = {
     "reference": Arm("TSD-KD, the public trainer's", ("objective=reference",)),
     "no_indirect": Arm("TSD-KD without the indirect term", ("objective.indirect_kd_alpha=0",)),
     "no_gate": Arm("TSD-KD without the gate", ("objective.gate_rule=identity",)),
-    "no_entropy": Arm("TSD-KD without the entropy term", ("objective=no_entropy",)),
+    "no_entropy": Arm("TSD-KD without the entropy term", READS_TEACHER),
     "direct_only": Arm("TSD-KD's direct term alone", ("objective=direct_only",)),
     "random_opener": Arm(
         "TSD-KD, a random tenth as opener", ("objective.opener_rule=random_share", "objective.random_fraction=0.1")
@@ -59,7 +60,12 @@ ARMS = {
         "reverse KL, rollouts that grow from 16 tokens",
         (*ALL_TOKENS, "rollout.horizon=linear", "rollout.horizon_from=16"),
     ),
-    "precision_bf16": Arm("TSD-KD, teacher in bf16", precision="bf16"),
-    "precision_fp8_tensorwise": Arm("TSD-KD, teacher in FP8, tensorwise", precision="fp8_tensorwise"),
-    "precision_fp8_blockwise": Arm("TSD-KD, teacher in FP8, blockwise", precision="fp8_blockwise"),
+    # Without the entropy term, all that is left reads the teacher: the ranking, the gate and the divergence.
+    "precision_bf16": Arm("without the entropy term, teacher in bf16", READS_TEACHER, precision="bf16"),
+    "precision_fp8_tensorwise": Arm(
+        "without the entropy term, teacher in FP8, tensorwise", READS_TEACHER, precision="fp8_tensorwise"
+    ),
+    "precision_fp8_blockwise": Arm(
+        "without the entropy term, teacher in FP8, blockwise", READS_TEACHER, precision="fp8_blockwise"
+    ),
 }

@@ -153,7 +153,7 @@ class _Page:
             "Accuracy on the validation split, %, with a seed of its own. Each arm takes its best. A choice at the "
             f"grid's edge might be beaten beyond it: {code(at_edge) or 'there is none'}.",
             table(["arm", *(f"{rate:g}" for rate in self.rates), "choice", "edge"], rows),
-            "The arms of the teacher's precision take the choice of `tsdkd`.",
+            "The arms of the teacher's precision take the choice of `no_entropy`.",
         ]
 
     def accuracy(self) -> list[str]:
