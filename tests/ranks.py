@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -79,7 +80,10 @@ def _rank_main(
         TORCHELASTIC_USE_AGENT_STORE="False",
     )
     os.setpgid(0, 0)  # so that a kill reaches what a rank forks, too
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives a test run that was killed
+    # No rank outlives a test run that was killed: neither with the fork server, its parent, nor without it, which
+    # lives as long as one of its ranks does.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_die_with_the_run, daemon=True).start()
     log = os.open(f"{folder}/{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -102,6 +106,13 @@ def _rank_main(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # skip atexit hooks of half the stack: the result is written
+
+
+def _die_with_the_run() -> None:
+    run = mp.parent_process()
+    assert run is not None
+    run.join()
+    os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 def run_ranks(
