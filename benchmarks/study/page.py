@@ -105,7 +105,7 @@ class _Page:
                     f"Tasks: reasoning-gym's {families}. A verifier scores greedy answers. Training, validation and "
                     "test problems differ, and the test split was read once.",
                     "Models: one teacher and one smaller student that saw fewer problems, both trained on right "
-                    "solutions (`benchmarks/study/settings.py` has their sizes). All arms share them. "
+                    "solutions (`benchmarks/study/settings.py` has their sizes and the reasons). All arms share them. "
                     f"Digests of their weights: {code(sorted(digests))}.",
                     f"Budget: {study['steps']} steps an arm, the same prompts and batch sizes. {study['arms']} arms, "
                     f"seeds {listed(study['seeds'])}; {study['seconds']:,} seconds of training in all, the grid "
@@ -291,7 +291,8 @@ class _Page:
                 [
                     "Toy scale: models thousands of times smaller than the paper's, short answers, easy arithmetic. "
                     "What holds here need not hold for large models, and what does not hold here may hold there.",
-                    "One teacher and one student, trained once: the intervals know nothing of other pairs.",
+                    "One teacher and one student, trained once: the intervals know nothing of other pairs. Of seven "
+                    "students the one was taken that GKD teaches something in so few steps.",
                     "Few seeds. Intervals of a bootstrap of so few are somewhat too narrow; *better in seeds* helps to "
                     "judge.",
                     "One setting of each objective, its paper's or a stated one; only the learning rate was tuned, on "
