@@ -278,7 +278,7 @@ class _Page:
             "## Precision of the teacher",
             "The student trains in bf16 by the paper's objective without the entropy term: what is left reads the "
             "teacher. The frozen teacher alone changes, in all of its layers. FP8 is Transformer Engine's own Python "
-            "over the tests' stand-in of its kernels: real bytes and scales, products in fp32. It is untested on a GPU.",
+            "over the tests' stand-in of its kernels: real bytes and scales, products in fp32, untested on a GPU.",
             table(["arm", "name", "accuracy, %", f"minus `{PRECISE}`", "saw"], rows),
             "Decisions of the objective that differ from those with both models in bf16, and the change of the gate:",
             table(["what is not bf16", "first, last layer", *DECISIONS.values()], decisions) if decisions else NOT_RUN,
