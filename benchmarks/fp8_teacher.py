@@ -192,6 +192,7 @@ def differences(folders: dict[str, Path], problems: list[dict]) -> tuple[list[di
 
     pairs = answers(folders["student"], problems)
     vocab_size = len(AutoTokenizer.from_pretrained(folders["student"]))
+    wheel.fetch()
     ranks.start_anew(["torch", "te_stand_in.preload"], [TESTS / "engine", TESTS, TESTS.parent])
     logits = ranks.run_ranks(all_logits, 1, folders, pairs, vocab_size, timeout=1800)[0]
     reference = {which: logits[which, "bf16", False] for which in folders}
@@ -211,7 +212,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     folders = pretrained(args.runs / "demo-cache")
-    wheel.fetch()
     rows, lengths = differences(folders, held_out_problems(args.problems))
     print(f"{len(lengths)} responses of {sum(lengths)} tokens; differences from both models in bf16\n")
     print(table(rows))
