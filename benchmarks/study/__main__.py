@@ -12,6 +12,7 @@ it differs from the committed one.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from benchmarks.study.cells import THREADS, Cell, Study
 from benchmarks.study.models import prepare, pretrained
 from benchmarks.study.page import summaries, write_page
 from benchmarks.study.settings import SETTINGS
-from nemo_tsdkd.checkpoints.atomic import read_json, write_json
+from nemo_tsdkd.checkpoints.atomic import write_json
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "study" / "results.json"
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ranks.start_anew(["torch", "nemo_tsdkd.megatron.train"], [ROOT, ROOT / "tests"])
     study = Study(setting, prepare(setting, folder, models), folder)
     if args.again:
-        compare(study, read_json(results), args.again[0], int(args.again[1]))
+        compare(study, json.loads(results.read_text()), args.again[0], int(args.again[1]))
         return
     rows = [*study.baselines(), *make(study, [name for name in setting.arms if not ARMS[name].precision])]
     precise = [name for name in setting.arms if ARMS[name].precision]

@@ -80,17 +80,15 @@ class Study:
         from benchmarks import fp8_teacher
 
         problems = held_out("validation", self.setting.validation_each)
-        rows = self._kept(
-            f"decisions-{'-'.join(self.pair.digests.values())}",
-            lambda: fp8_teacher.differences(self.pair.hf, problems)[0],
-        )
+        name = f"decisions-{'-'.join(self.pair.digests.values())}"
+        rows = self._kept(name, lambda: {"rows": fp8_teacher.differences(self.pair.hf, problems)[0]})["rows"]
         about = {"seed": None, "split": "decisions", "accuracy": None, "steps": 0, "response_tokens": 0}
         return [{"arm": f"{row['model']} {row['precision']}", **about, **row} for row in rows]
 
     def _row(self, of: Cell) -> dict[str, Any]:
         return self._kept(f"{_name(of)}-{self._key(of)}", lambda: self.train(of))
 
-    def _kept(self, name: str, make: Callable[[], Any]) -> Any:
+    def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         path = self.folder / "cells" / f"{name}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
