@@ -39,7 +39,7 @@ PLOTS = {
     "accuracy.svg": "Accuracy on the test split with its interval, each arm",
     "curves_steps.svg": "Accuracy on the validation split against steps, mean over seeds",
     "curves_tokens.svg": "Accuracy on the validation split against response tokens, mean over seeds",
-    "beside.svg": "Accuracy against response length, student entropy and diversity",
+    "beside.svg": "Response length, student entropy and diversity of each arm, the most accurate on top",
 }
 
 
@@ -98,20 +98,19 @@ def _finish(axes: Axes, title: str, label: str) -> None:
 
 
 def beside(summaries: Sequence[Row]) -> Figure:
-    """Each arm's accuracy against each of BESIDE."""
+    """Each of BESIDE by arm, the most accurate arm on top."""
+    rows = sorted(summaries, key=lambda row: row["accuracy"])
     figure, all_axes = pyplot.subplots(
-        1, len(BESIDE), figsize=(4 * len(BESIDE), 4.5), sharey=True, layout="constrained"
+        1, len(BESIDE), figsize=(4 * len(BESIDE), 1 + 0.27 * len(rows)), sharey=True, layout="constrained"
     )
     for axes, (field, label) in zip(all_axes, BESIDE.items(), strict=True):
-        for row in summaries:
-            if row[field] is None:
-                continue
-            x, y = row[field] * (100 if field == "distinct" else 1), 100 * row["accuracy"]
-            axes.plot(x, y, "o", color=_colour(row["arm"]), markersize=4)
-            axes.annotate(row["arm"], (x, y), fontsize="xx-small", xytext=(3, 2), textcoords="offset points")
+        for place, row in enumerate(rows):
+            if row[field] is not None:
+                value = row[field] * (100 if field == "distinct" else 1)
+                axes.plot(value, place, "o", color=_colour(row["arm"]))
         axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
-    all_axes[0].set_ylabel("accuracy on the test split, %")
+        axes.grid(axis="x", alpha=0.3)
+    all_axes[0].set_yticks(range(len(rows)), [row["arm"] for row in rows])
     return figure
 
 
