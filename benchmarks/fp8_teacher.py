@@ -21,14 +21,13 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "engine"))  # the stan
 
 import oracle
 import ranks
+import te_stand_in
 import torch
-from te_stand_in import wheel
 from torch import Tensor
 
 from nemo_tsdkd.demo.pretrain import pretrained
 from nemo_tsdkd.demo.tasks import held_out_problems
 
-TESTS = Path(__file__).parents[1] / "tests"
 THRESHOLD, TOP_K, FRACTION = 0.1, 10, 0.1  # the paper's
 ROWS = [  # (what runs in FP8 or fp32, its precision, first and last layer in bf16)
     ("teacher", "fp32", False),
@@ -182,7 +181,7 @@ def table(rows: list[dict]) -> str:
 
 
 def differences(folders: dict[str, Path], problems: list[dict]) -> tuple[list[dict], list[int]]:
-    """A row for each of ROWS, and the lengths of the responses it speaks of.
+    """A row for each of ROWS, and the lengths of the responses it speaks of. Call `te_stand_in.start_ranks` first.
 
     Args:
         folders: Hugging Face folders of the "student" and the "teacher".
@@ -192,8 +191,6 @@ def differences(folders: dict[str, Path], problems: list[dict]) -> tuple[list[di
 
     pairs = answers(folders["student"], problems)
     vocab_size = len(AutoTokenizer.from_pretrained(folders["student"]))
-    wheel.fetch()
-    ranks.start_anew(["torch", "te_stand_in.preload"], [TESTS / "engine", TESTS, TESTS.parent])
     logits = ranks.run_ranks(all_logits, 1, folders, pairs, vocab_size, timeout=1800)[0]
     reference = {which: logits[which, "bf16", False] for which in folders}
     expected = decisions(reference["student"], reference["teacher"])
@@ -212,6 +209,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     folders = pretrained(args.runs / "demo-cache")
+    te_stand_in.start_ranks()
     rows, lengths = differences(folders, held_out_problems(args.problems))
     print(f"{len(lengths)} responses of {sum(lengths)} tokens; differences from both models in bf16\n")
     print(table(rows))

@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     precise = [name for name in setting.arms if ARMS[name].precision]
     if precise:
         rate = study.rate("no_entropy")
-        rows += study.decisions()
         start_engine()
+        rows += study.decisions()
         rows += make(study, precise, rate)
     rows += summaries(rows)
     write_json(results, rows)
@@ -66,16 +66,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 def start_engine() -> None:
     """From here on, ranks have Transformer Engine's own Python over the tests' stand-in of its kernels."""
     sys.path.append(str(ROOT / "tests" / "engine"))
-    from te_stand_in import wheel
+    import te_stand_in
 
-    wheel.fetch()
-    ranks.start_anew(["torch", "te_stand_in.preload"], [ROOT, ROOT / "tests" / "engine", ROOT / "tests"])
+    te_stand_in.start_ranks()
 
 
 def make(study: Study, arms: Sequence[str], rate: float | None = None) -> list[dict[str, Any]]:
     """The rows of these arms, at `rate` or each at the best of its grid."""
     grid = study.grid(arms) if rate is None else []
-    cells = [Cell(arm, seed, rate or study.rate(arm)) for seed in study.setting.seeds for arm in arms]
+    rates = {arm: rate or study.rate(arm) for arm in arms}
+    cells = [Cell(arm, seed, rates[arm]) for seed in study.setting.seeds for arm in arms]
     return grid + study.make(cells)
 
 

@@ -22,7 +22,6 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 SEED = 20_260_313
 DIGITS = 6  # of what is kept: more than a sum's order of addition can change
-SUMMARIES = ("study", "summary", "comparison")  # splits of the rows that are made here
 HOLDS, HOLDS_NOT, UNCLEAR, NOT_RUN = "holds", "does not hold", "cannot be told", "not run"
 MEASURES = (
     "sampled_accuracy",

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.study.problems import FAMILIES, MAX_NEW_TOKENS, held_out, is_solved, task_of
+from benchmarks.study.problems import FAMILIES, MAX_NEW_TOKENS, held_out, task_of
 from nemo_tsdkd.config.train_config import TrainConfig
-from nemo_tsdkd.demo.tasks import Problem
+from nemo_tsdkd.demo.tasks import Problem, is_solved
 from nemo_tsdkd.reporting.accuracy import ACCURACY
 from nemo_tsdkd.reporting.rows import read_metrics
 
@@ -90,7 +90,7 @@ def score(folder: Path, teacher: Path | None, each: int) -> dict[str, Any]:
     groups = [texts[i : i + SAMPLES] for i in range(0, len(texts), SAMPLES)]
     lengths = torch.cat([part.response_mask.sum(1) for part in greedy]).double()
     return {
-        "accuracy": sum(correct) / len(correct),
+        "accuracy": _mean(correct),
         "accuracy_by_family": {
             task: _mean([c for c, problem in zip(correct, problems, strict=True) if task_of(problem) == task])
             for task in FAMILIES

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import reasoning_gym
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
-from reasoning_gym.factory import get_score_answer_fn
 from transformers import PreTrainedTokenizerFast
 
 from nemo_tsdkd.demo.tasks import Problem, train_tokenizer, written_steps
@@ -24,10 +23,9 @@ MAX_NEW_TOKENS = 72  # the longest solution has 66 tokens
 def _legs(problem: Problem) -> str:
     """Legs of each kind of animal, then their sums."""
     counts = problem["metadata"]["animals"]
-    legs = ANIMALS
-    lines = [f"{count} {animal}: {count} x {legs[animal]} = {count * legs[animal]}" for animal, count in counts.items()]
-    first, *rest = (count * legs[animal] for animal, count in counts.items())
-    total = first
+    legs = {animal: count * ANIMALS[animal] for animal, count in counts.items()}
+    lines = [f"{count} {animal}: {count} x {ANIMALS[animal]} = {legs[animal]}" for animal, count in counts.items()]
+    total, *rest = legs.values()
     for term in rest:
         lines.append(f"{total} + {term} = {total + term}")
         total += term
@@ -112,15 +110,9 @@ def solution(problem: Problem) -> str:
     return FAMILIES[task_of(problem)].solution(problem)
 
 
-def is_solved(problem: Problem, response: str) -> bool:
-    """Whether reasoning-gym's verifier accepts the text after the response's last `Answer:`."""
-    _, found, answer = response.rpartition("Answer:")
-    return bool(found) and get_score_answer_fn(task_of(problem))(answer.strip(), problem) == 1.0
-
-
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One tokenizer for both models, trained on a sample of all families."""
-    return train_tokenizer(f"user\n{p['question']}\nassistant\n{solution(p)}" for p in training("pretrain", 400))
+    return train_tokenizer((problem["question"], solution(problem)) for problem in training("pretrain", 400))
 
 
 def write_rows(path: Path, problems: Sequence[Problem]) -> Path:

@@ -62,17 +62,18 @@ def estimate(problem: Problem) -> str:
 def is_solved(problem: Problem, response: str) -> bool:
     """Whether reasoning-gym's verifier accepts the text after the response's last `Answer:`."""
     _, found, answer = response.rpartition("Answer:")
-    return bool(found) and get_score_answer_fn(TASK)(answer.strip(), problem) == 1.0
+    task = problem["metadata"]["source_dataset"]
+    return bool(found) and get_score_answer_fn(task)(answer.strip(), problem) == 1.0
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The demo's tokenizer, trained on a sample of its task."""
     sample = training_problems(500, PRETRAIN_SEED)
-    return train_tokenizer(f"user\n{p['question']}\nassistant\n{written_steps(p)}" for p in sample)
+    return train_tokenizer((problem["question"], written_steps(problem)) for problem in sample)
 
 
-def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with single digits and a ChatML template."""
+def train_tokenizer(solved: Iterable[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with single digits and a ChatML template, trained on questions with solutions."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -82,6 +83,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    texts = (f"user\n{question}\nassistant\n{solution}" for question, solution in solved)
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(special_tokens=special, show_progress=False))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -1,7 +1,6 @@
 """The study's flow at its smallest: `make study STUDY=smoke` is this command."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 def study(runs: Path, *arguments: str) -> str:
     command = [sys.executable, "-m", "benchmarks.study", "--setting", "smoke", "--runs", str(runs), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, env={**os.environ})
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

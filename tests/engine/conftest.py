@@ -1,7 +1,6 @@
 """The fork server of this folder holds the stack over Transformer Engine (`te_stand_in`), and so do its models."""
 
 import os
-from pathlib import Path
 
 import pytest
 import ranks
@@ -16,12 +15,10 @@ def engine():
     if ranks.HAS_GPU:
         pytest.skip("the stand-in is for machines without a GPU; there, tests/stack/test_gpu.py runs")
     try:
-        wheel.fetch()
+        te_stand_in.start_ranks()
     except wheel.Unavailable as error:
         assert "CI" not in os.environ, error
         pytest.skip(f"Transformer Engine's wheel cannot be downloaded: {error}")
-    here = Path(__file__).parent
-    ranks.start_anew(["torch", "te_stand_in.preload"], [here, here.parent, here.parents[1]])
     ranks.run_ranks(te_stand_in.require_active, 1)
 
 

@@ -16,6 +16,7 @@ where they are checked. What it does not model raises `NotModelled`; nothing is 
 """
 
 import importlib
+from pathlib import Path
 
 
 class NotModelled(NotImplementedError):
@@ -36,6 +37,14 @@ def modelled(condition: bool, what: str) -> None:
     """Raise NotModelled unless the call is one that the stand-in computes."""
     if not condition:
         raise NotModelled(f"the stand-in of transformer_engine_torch does not model {what}")
+
+
+def start_ranks() -> None:
+    """From here on, `ranks.run_ranks` starts ranks with Transformer Engine. Raises `wheel.Unavailable`."""
+    importlib.import_module("te_stand_in.wheel").fetch()
+    engine = Path(__file__).parents[1]
+    path = [engine, engine.parent, engine.parents[1]]
+    importlib.import_module("ranks").start_anew(["torch", "te_stand_in.preload"], path)
 
 
 def require_active() -> None:
